@@ -76,7 +76,7 @@ class Rotary:
                 f"cannot rotate {x_BSHD.shape[1]} tokens with a rotary table of {len(cos_ND)} "
                 f"rows: pass video tokens only, or the position of each token"
             )
-        real, imaginary = x_BSHD.unflatten(-1, (-1, 2)).unbind(-1)
+        real, imaginary = x_BSHD.reshape(*x_BSHD.shape[:-1], -1, 2).unbind(-1)
         turned_BSHD = torch.stack([-imaginary, real], dim=-1).flatten(-2)
         rotated = x_BSHD.float() * cos_ND[:, None] + turned_BSHD.float() * sin_ND[:, None]
         return rotated.to(x_BSHD.dtype)
@@ -145,7 +145,7 @@ def attend(qkv: QKV, groups: Sequence[KVGroup], rotary: Rotary, layout: TokenLay
     Exact, by plain attention calls and without a mask: keys lie in one buffer as [A | F | B], F
     the sequence's own; rows of the first group see [A | F], rows of the second [F | B], all
     others F. Groups without a row or without a key are skipped; without any group this is one
-    call, bit-equal to diffusers. Extra memory: the keys and values of the groups, and one copy of F.
+    call, bit-equal to diffusers. Extra memory: the keys and values of the groups, and a copy of F.
 
     Returns out_BSHD.
 
@@ -201,7 +201,7 @@ def controlled_attention(
             f"{list(run.branches)}: give every branch the same number of videos"
         )
     sites = [run.site(layer, branch) for branch in run.branches]
-    given = [QKV(*parts) for parts in zip(*(x.split(num_videos) for x in qkv), strict=True)]
+    given = [QKV(*parts) for parts in zip(*(torch.split(x, num_videos) for x in qkv), strict=True)]
     seen = [control.before(site, part) for site, part in zip(sites, given, strict=True)]
     groups = [control.extra(site, part) for site, part in zip(sites, seen, strict=True)]
     if any(groups):
@@ -215,7 +215,7 @@ def controlled_attention(
         if any(new is not old for new, old in zip(seen, given, strict=True)):
             qkv = QKV(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
         out_BSC = attend(qkv, (), run.rotary, run.layout).flatten(2)
-    parts = out_BSC.split(num_videos)
+    parts = torch.split(out_BSC, num_videos)
     changed = [control.after(site, part) for site, part in zip(sites, parts, strict=True)]
     if all(new is old for new, old in zip(changed, parts, strict=True)):
         return out_BSC

@@ -172,7 +172,7 @@ def test_three_groups_and_a_wrong_length_are_refused() -> None:
     with pytest.raises(LayoutError, match="3 key groups at one site"):
         attend(random_qkv(0), groups, rotary_of(LAYOUT), LAYOUT)
     longer = TokenLayout(6, 2, 4, 3)
-    with pytest.raises(LayoutError, match="29 tokens, but the layout .* has 30"):
+    with pytest.raises(LayoutError, match=r"29 tokens, but the layout .* has 30"):
         attend(random_qkv(0), (), rotary_of(LAYOUT), longer)
 
 
