@@ -1,0 +1,388 @@
+"""The run directory: what is done, what is written, and nothing lost when the power goes.
+
+    RUN/.lock                       held by the one renderer that may write here
+    RUN/journal.jsonl               first line: story and config; then one line per video
+    RUN/manifest.json               the same for readers: prompts, seeds, timings, hashes
+    RUN/<scene>/<video>.mp4         <video> is `identity` or an action's id
+    RUN/<scene>/masks/<video>.npz   key `foreground`: the method's mask, in tokens
+    RUN/<scene>/overlays/           <video>.mask.png, <video>.match.png
+    RUN/<scene>/frames/<video>.npz  with output.frames: keys `frames` and `foreground`, in pixels
+
+A video is done when its journal line exists and every file named there has the bytes that the
+line says. Done videos are never written again. Knows no model and imports no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from pydantic import JsonValue
+
+from bachvid.errors import BachvidError, ConfigError
+
+JOURNAL = "journal.jsonl"
+MANIFEST = "manifest.json"
+LOCK = ".lock"
+IDENTITY = "identity"
+_ID = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_FIXED_OUTPUT = ("min_height", "fps", "crf")  # these shape the files that are already there
+
+JsonObject = dict[str, JsonValue]
+
+
+@dataclass(frozen=True, slots=True)
+class VideoRecord:
+    """What the journal says about one finished video; paths are relative to the run."""
+
+    scene: str
+    video: str
+    prompt: str
+    seed: int
+    latents_sha256: str
+    frames_sha256: str
+    files: Mapping[str, str]  # path -> sha256 of its bytes
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    cache_bytes: int = 0
+    recoveries: Sequence[str] = ()
+    bachvid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunHeader:
+    """The first line of the journal: whose directory this is."""
+
+    story: JsonObject
+    config: JsonObject
+    story_hash: str
+    config_hash: str
+    bachvid: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunContents:
+    """A run as its journal tells it."""
+
+    path: Path
+    header: RunHeader
+    records: Mapping[tuple[str, str], VideoRecord]
+    failures: Mapping[tuple[str, str], str]  # videos whose last attempt failed
+
+    def file(self, scene: str, video: str, suffix: str) -> Path | None:
+        """Return the one file of a video that ends with `suffix`, if it was written."""
+        record = self.records.get((scene, video))
+        names = [name for name in (record.files if record else ()) if name.endswith(suffix)]
+        return self.path / names[0] if names else None
+
+
+def content_sha256(path: Path) -> str:
+    """Hash a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
+    """Let `write` fill a temporary file, then put it at `path`; return the sha256 of its bytes.
+
+    After a crash `path` holds the old file or the whole new one. The parents are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return digest
+
+
+def read_run(path: Path) -> RunContents:
+    """Read a run directory without locking it.
+
+    Raises ConfigError if `path` is no run directory.
+    """
+    lines, _ = _read_journal(path / JOURNAL)
+    if not lines:
+        raise ConfigError(
+            f"{path} is no run directory: it has no {JOURNAL} with a first line; "
+            f"give the folder that `bachvid render --out` wrote"
+        )
+    return _contents(path, lines)
+
+
+class RunDirectory:
+    """The one writer of a run directory. Use as a context manager: it holds the lock."""
+
+    def __init__(self, path: Path, header: RunHeader) -> None:
+        """Open or create `path` for this story and config.
+
+        Raises ConfigError if another renderer holds it, if it belongs to another story or
+        config, or if it holds files but no run.
+        """
+        self.path = path
+        self.header = header
+        _check_is_ours(path)
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(path / LOCK)
+        try:
+            lines, size = _read_journal(path / JOURNAL)
+            if lines:
+                contents = _contents(path, lines)
+                _check_same_run(path, contents.header, header)
+                self._records = dict(contents.records)
+                self._failures = dict(contents.failures)
+            else:
+                self._records, self._failures = {}, {}
+            self._journal = (path / JOURNAL).open("ab")
+            self._journal.truncate(size)  # a line that a crash tore is no line
+            if not lines:
+                self._append({"event": "run", **asdict(header)})
+                _sync_folder(path)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the next renderer in."""
+        if not self._journal.closed:
+            self._journal.close()
+            os.close(self._lock)
+
+    @property
+    def contents(self) -> RunContents:
+        """The run as of now."""
+        return RunContents(self.path, self.header, dict(self._records), dict(self._failures))
+
+    def file(self, scene: str, *parts: str) -> Path:
+        """Return the path of a scene's file. Raises ConfigError if an id would leave the run."""
+        if not _ID.fullmatch(scene):
+            raise ConfigError(f"scene id {scene!r}: ids are made of a-z, 0-9, _ and -")
+        for part in parts:
+            if not all(_ID.fullmatch(piece) for piece in part.split(".")):
+                raise ConfigError(f"{part!r} is no file name of a run: ids are a-z, 0-9, _ and -")
+        return self.path.joinpath(scene, *parts)
+
+    def record(self, scene: str, video: str) -> VideoRecord | None:
+        """Return the journal's line of a video, whether or not its files are still whole."""
+        return self._records.get((scene, video))
+
+    def is_done(self, scene: str, video: str, wanted: Sequence[Path]) -> bool:
+        """Whether a video is journaled and all `wanted` files have the bytes it says."""
+        return not self.missing(scene, video, wanted)
+
+    def missing(self, scene: str, video: str, wanted: Sequence[Path]) -> list[Path]:
+        """List the `wanted` files that the journal does not vouch for."""
+        record = self.record(scene, video)
+        known = record.files if record else {}
+        return [path for path in wanted if not self._is_whole(path, known)]
+
+    def commit(self, record: VideoRecord) -> None:
+        """Journal a video whose files are all written. It is done from here on."""
+        self._append({"event": "video", **asdict(record)})
+        self._records[record.scene, record.video] = record
+        self._failures.pop((record.scene, record.video), None)
+
+    def commit_failure(self, scene: str, video: str, error: str) -> None:
+        """Journal that an attempt failed; rendering again tries it again."""
+        self._append({"event": "failed", "scene": scene, "video": video, "error": error})
+        self._failures[scene, video] = error
+
+    def write_manifest(self, extra: Mapping[str, JsonValue]) -> None:
+        """Write `manifest.json` from the journal, with `extra` beside it."""
+        manifest: JsonObject = {
+            **asdict(self.header),
+            **extra,
+            "videos": [asdict(record) for record in self._records.values()],
+            "failed": [
+                {"scene": scene, "video": video, "error": error}
+                for (scene, video), error in self._failures.items()
+            ],
+        }
+        text = json.dumps(manifest, indent=2) + "\n"
+        write_atomically(self.path / MANIFEST, lambda path: _write_text(path, text))
+
+    def relative(self, path: Path) -> str:
+        """Return `path` as the journal names it."""
+        return path.relative_to(self.path).as_posix()
+
+    def _is_whole(self, path: Path, known: Mapping[str, str]) -> bool:
+        expected = known.get(self.relative(path))
+        return expected is not None and path.is_file() and content_sha256(path) == expected
+
+    def _append(self, line: Mapping[str, object]) -> None:
+        self._journal.write(json.dumps(line, sort_keys=True).encode() + b"\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # a rename is only durable when its folder is
+    finally:
+        os.close(handle)
+
+
+def _lock(path: Path) -> int:
+    """Lock `path` for this process. The kernel lets go when the process ends, even by kill -9."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(handle, 32).decode() or "unknown"
+        os.close(handle)
+        raise ConfigError(
+            f"{path.parent} is being written by another renderer (process {holder}): wait for "
+            f"it, stop it, or give another --out"
+        ) from None
+    os.truncate(handle, 0)
+    os.write(handle, str(os.getpid()).encode())
+    return handle
+
+
+def _read_journal(path: Path) -> tuple[list[JsonObject], int]:
+    """Return the whole lines of a journal and the bytes that they take.
+
+    The last line may be torn by a crash and is left out. Raises BachvidError if another is.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    lines: list[JsonObject] = []
+    size = 0
+    rows = raw.splitlines(keepends=True)
+    for number, row in enumerate(rows, start=1):
+        try:
+            line = json.loads(row)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or not row.endswith(b"\n"):
+            if number == len(rows):
+                break
+            raise BachvidError(
+                f"{path}:{number} is damaged, and it is not the last line: a crash does not do "
+                f"this; restore the file or render into another folder"
+            )
+        lines.append(line)
+        size += len(row)
+    return lines, size
+
+
+def _contents(path: Path, lines: Sequence[JsonObject]) -> RunContents:
+    first, *rest = lines
+    try:
+        header = RunHeader(**_fields(first, "run"))  # type: ignore[arg-type]
+        records: dict[tuple[str, str], VideoRecord] = {}
+        failures: dict[tuple[str, str], str] = {}
+        for line in rest:
+            if line["event"] == "video":
+                record = VideoRecord(**_fields(line, "video"))  # type: ignore[arg-type]
+                records[record.scene, record.video] = record
+                failures.pop((record.scene, record.video), None)
+            else:
+                fields = _fields(line, "failed")
+                failures[str(fields["scene"]), str(fields["video"])] = str(fields["error"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path / JOURNAL} was not written by this version of bachvid ({error}); render "
+            f"into another folder"
+        ) from None
+    return RunContents(path, header, records, failures)
+
+
+def _fields(line: JsonObject, event: str) -> JsonObject:
+    if line.get("event") != event:
+        raise ValueError(f"an event {line.get('event')!r} where {event!r} is expected")
+    return {key: value for key, value in line.items() if key != "event"}
+
+
+def _check_is_ours(path: Path) -> None:
+    """Refuse a folder that holds something, but no run."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file: give a folder as --out")
+    found = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    foreign = [name for name in found if name not in (LOCK, JOURNAL)]
+    if foreign and JOURNAL not in found:
+        raise ConfigError(
+            f"{path} holds files but no run ({', '.join(foreign[:3])}{', ...' * (len(foreign) > 3)}"
+            f"): give a new or empty folder as --out"
+        )
+
+
+def _check_same_run(path: Path, there: RunHeader, here: RunHeader) -> None:
+    """Refuse to continue another story, another config or other file settings."""
+    differences = []
+    if there.story_hash != here.story_hash:
+        differences += [f"story.{text}" for text in _differences(there.story, here.story)]
+    if there.config_hash != here.config_hash:
+        differences += _differences(_pixels(there.config), _pixels(here.config))
+    for key in _FIXED_OUTPUT:
+        old, new = _output(there.config).get(key), _output(here.config).get(key)
+        if old != new:
+            differences.append(f"output.{key} was {json.dumps(old)}, is {json.dumps(new)}")
+    if differences or there.story_hash != here.story_hash or there.config_hash != here.config_hash:
+        shown = "; ".join(differences[:4] or ["the model's files differ"])
+        more = f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise ConfigError(
+            f"{path} belongs to another run: {shown}{more}. Give another --out, or the story "
+            f"and config that it was started with"
+        )
+
+
+def _output(config: JsonObject) -> JsonObject:
+    output = config.get("output")
+    return output if isinstance(output, dict) else {}
+
+
+def _pixels(config: JsonObject) -> JsonObject:
+    """Drop what may change between two visits: it is no part of the config's hash."""
+    model = config.get("model")
+    kept = model.items() if isinstance(model, dict) else ()
+    of_model: JsonObject = {key: v for key, v in kept if key not in ("threads", "device")}
+    return {key: value for key, value in config.items() if key != "output"} | {"model": of_model}
+
+
+def _differences(there: JsonValue, here: JsonValue, where: str = "") -> list[str]:
+    """Name every value that differs, by its path."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [
+            text
+            for key in sorted(there.keys() | here.keys())
+            for text in _differences(there.get(key), here.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = enumerate(zip(there, here, strict=True))
+        return [text for i, (old, new) in pairs for text in _differences(old, new, f"{where}[{i}]")]
+    return [] if there == here else [f"{where} was {_short(there)}, is {_short(here)}"]
+
+
+def _short(value: JsonValue) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
