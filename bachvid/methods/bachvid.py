@@ -1,0 +1,308 @@
+"""BachVid: foreground and background of a frame video see the keys of an identity video.
+
+Source: BachVid (arXiv 2510.21696v1). What the paper leaves open is a config key; the values and
+their reasons stand with the profiles. Shape suffixes: see `bachvid.attention`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from bachvid.attention import QKV, AttentionSite, KVGroup, RunContext
+from bachvid.cache import IdentityCache, KVShard, KVStore
+from bachvid.errors import CacheMissError, LayoutError, WorkerError
+from bachvid.methods.base import (
+    IdentityControl,
+    MethodControl,
+    MethodSettings,
+    Observation,
+)
+from bachvid.methods.injection import (
+    InjectedTokens,
+    inject_identity_kv,
+    select_injected_tokens,
+)
+from bachvid.methods.masks import ForegroundMask, extract_foreground_mask, text_mass
+from bachvid.methods.matching import TokenMatch, match_tokens
+from bachvid.prompts import TokenizedPrompt
+
+logger = logging.getLogger(__name__)
+
+
+class VideoObserver(MethodControl):
+    """Extracts the mask and keeps the features of a video; changes nothing.
+
+    The conditional branch is looked at, at the mask step, or at every step up to it.
+    """
+
+    def __init__(
+        self,
+        run: RunContext,
+        prompt: TokenizedPrompt,
+        settings: MethodSettings,
+        *,
+        every_step: bool = False,
+    ) -> None:
+        self.run, self.prompt, self.settings = run, prompt, settings
+        self._mask_steps = range(0 if every_step else settings.mask_step, settings.mask_step + 1)
+        self._masses: dict[int, Tensor] = {}
+        self._features: dict[int, Tensor] = {}
+        self.masks: dict[int, ForegroundMask] = {}  # by step
+
+    @property
+    def observation(self) -> Observation:
+        """What was seen of the video. Raises WorkerError before the mask step is over."""
+        step, layers = self.settings.mask_step, self.settings.match_layers
+        if step not in self.masks or len(self._features) < len(layers):
+            raise WorkerError(
+                f"no mask and features yet: the run must go through step {step}, and its model "
+                f"through the layers {sorted({*self.settings.mask_layers, *layers})}"
+            )
+        recoveries = (mask.recovery for _, mask in sorted(self.masks.items()))
+        return Observation(
+            self.masks[step], self._features, tuple(found for found in recoveries if found)
+        )
+
+    def before(self, site: AttentionSite, qkv: QKV) -> QKV:
+        """Sum the text mass of the mask layers; the last of them completes the step's mask."""
+        layers = self.settings.mask_layers
+        if site.branch != "cond" or site.layer not in layers or site.step not in self._mask_steps:
+            return qkv
+        self._masses[site.layer] = self._text_mass(qkv)
+        if len(self._masses) == len(layers):
+            # An early mask only steers the pre-pass: on_empty_mask speaks of the final one.
+            final = site.step == self.settings.mask_step
+            self.masks[site.step] = extract_foreground_mask(
+                [self._masses[layer] for layer in layers],
+                self.run.layout,
+                step=site.step,
+                morphology=self.settings.morphology,
+                on_empty=self.settings.on_empty_mask if final else "adapt",
+            )
+            self._masses.clear()
+        return qkv
+
+    def after(self, site: AttentionSite, out_BSC: Tensor) -> Tensor:
+        """Keep the video rows of the match layers at the mask step."""
+        settings = self.settings
+        wanted = site.layer in settings.match_layers and site.step == settings.mask_step
+        if site.branch == "cond" and wanted:
+            self._features[site.layer] = out_BSC[0, self.run.layout.video_rows].clone()
+        return out_BSC
+
+    def _text_mass(self, qkv: QKV) -> Tensor:
+        if len(qkv.query_BSHD) != 1:
+            raise LayoutError(
+                f"{len(qkv.query_BSHD)} videos in one batch: masks and matches are of one video; "
+                f"render one video at a time"
+            )
+        layout, rotary = self.run.layout, self.run.rotary
+        if self.settings.mask_softmax == "joint":
+            key_BKHD = rotary.rotate_joint(qkv.key_BSHD, layout)
+        else:
+            # Without the end token: it collects attention that belongs to no word.
+            key_BKHD = qkv.key_BSHD[:, : self.prompt.num_tokens - 1]
+        query_BNHD = rotary.rotate(qkv.query_BSHD[:, layout.video_rows])
+        segments = (self.prompt.rows["background"], self.prompt.rows["character"])
+        return text_mass(query_BNHD[0], key_BKHD[0], segments)
+
+
+class IdentityRecorder(VideoObserver, IdentityControl):
+    """Records the keys and values of the vital layers of an identity video; changes nothing."""
+
+    def __init__(
+        self,
+        run: RunContext,
+        prompt: TokenizedPrompt,
+        settings: MethodSettings,
+        *,
+        store: KVStore,
+        config_hash: str,
+    ) -> None:
+        super().__init__(run, prompt, settings)
+        self._store, self._config_hash = store, config_hash
+
+    def before(self, site: AttentionSite, qkv: QKV) -> QKV:
+        """Put a copy of this site's video rows into the store, then look for the mask."""
+        settings = self.settings
+        if (
+            site.layer in settings.vital_layers
+            and site.step in settings.recorded_steps
+            and site.branch in settings.branches
+        ):
+            # Copies: a slice would keep the queries' memory, and the text's, alive.
+            rows = self.run.layout.video_rows
+            key_BMHD, value_BMHD = qkv.key_BSHD[:, rows], qkv.value_BSHD[:, rows]
+            self._store.put(KVShard(site, key_BMHD.clone(), value_BMHD.clone()))
+        return super().before(site, qkv)
+
+    def cache(self, seed: int) -> IdentityCache:
+        """Give what was recorded. Raises WorkerError before the mask step is over."""
+        seen, settings = self.observation, self.settings
+        return IdentityCache(
+            layout=self.run.layout,
+            steps=settings.recorded_steps,
+            layers=settings.vital_layers,
+            branches=settings.branches,
+            foreground_mask_N=seen.foreground.mask_N.cpu(),
+            features={layer: x.cpu() for layer, x in seen.features.items()},
+            seed=seed,
+            config_hash=self._config_hash,
+            store=self._store,
+        )
+
+
+class PrePassInjector(VideoObserver):
+    """Observes a pre-pass and, from step 1, injects background by the previous step's mask.
+
+    Source: CharaConsist (arXiv 2507.11533), released code; the time law of BachVid's Table 4
+    speaks for it.
+    """
+
+    def __init__(
+        self,
+        run: RunContext,
+        prompt: TokenizedPrompt,
+        settings: MethodSettings,
+        *,
+        cache: IdentityCache,
+    ) -> None:
+        super().__init__(run, prompt, settings, every_step=True)
+        self._cache = cache
+        self._tokens: dict[int, InjectedTokens] = {}  # by the step whose mask they are of
+
+    def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
+        """Give background queries the identity's background keys."""
+        settings = self.settings
+        if (
+            site.layer not in settings.vital_layers
+            or site.branch not in settings.branches
+            or not 1 <= site.step <= settings.mask_step
+        ):
+            return ()
+        return inject_identity_kv(self._cache.store.get(site), self._background(site.step - 1))
+
+    def _background(self, step: int) -> InjectedTokens:
+        if step not in self._tokens:
+            self._tokens[step] = select_injected_tokens(
+                self.masks[step].mask_N,
+                self._cache.foreground_mask_N,
+                None,
+                self.run.layout,
+                threshold=self.settings.match_threshold,
+            )
+        return self._tokens[step]
+
+
+class FrameInjector(MethodControl):
+    """Injects the identity's keys and values into a frame video whose pre-pass was observed."""
+
+    def __init__(
+        self,
+        run: RunContext,
+        settings: MethodSettings,
+        *,
+        cache: IdentityCache,
+        observation: Observation,
+    ) -> None:
+        self._settings, self._cache, self._observation = settings, cache, observation
+        frame_mask_N = observation.foreground.mask_N
+        self._injected = select_injected_tokens(
+            frame_mask_N,
+            cache.foreground_mask_N,
+            self._match(frame_mask_N),
+            run.layout,
+            threshold=settings.match_threshold,
+        )
+
+    @property
+    def observation(self) -> Observation:
+        """What the pre-pass saw of this video."""
+        return self._observation
+
+    @property
+    def injected(self) -> InjectedTokens:
+        """The tokens that see identity keys."""
+        return self._injected
+
+    def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
+        """Give foreground and background queries the identity keys that they see."""
+        settings = self._settings
+        first, last = settings.inject_steps
+        if (
+            site.layer not in settings.vital_layers
+            or site.branch not in settings.branches
+            or not first <= site.step < last
+        ):
+            return ()
+        return inject_identity_kv(self._cache.store.get(site), self._injected)
+
+    def _match(self, frame_mask_N: Tensor) -> TokenMatch:
+        layers = self._settings.match_layers
+        return match_tokens(
+            [self._observation.features[layer][frame_mask_N] for layer in layers],
+            [self._cache.features[layer] for layer in layers],
+        )
+
+
+class BachVid:
+    """The method of the paper, as one object for all scenes of a render."""
+
+    def __init__(self, settings: MethodSettings, *, config_hash: str) -> None:
+        self._settings, self._config_hash = settings, config_hash
+        self._has_warned = False
+
+    def identity_control(
+        self, run: RunContext, prompt: TokenizedPrompt, store: KVStore
+    ) -> IdentityRecorder:
+        """Record an identity video into `store`."""
+        return IdentityRecorder(
+            run, prompt, self._settings, store=store, config_hash=self._config_hash
+        )
+
+    def pre_pass_control(
+        self, run: RunContext, prompt: TokenizedPrompt, cache: IdentityCache | None
+    ) -> VideoObserver:
+        """Observe the first steps of a frame video; with background injection, if configured."""
+        if self._settings.pre_pass_injection == "none":
+            return VideoObserver(run, prompt, self._settings)
+        if cache is None:
+            raise CacheMissError(
+                "the pre-pass has no identity cache: method.pre_pass_injection is background, so "
+                "render the identity video first, or set method.pre_pass_injection=none"
+            )
+        self._check(run, cache)
+        return PrePassInjector(run, prompt, self._settings, cache=cache)
+
+    def frame_control(
+        self,
+        run: RunContext,
+        prompt: TokenizedPrompt,
+        cache: IdentityCache,
+        observation: Observation | None,
+    ) -> FrameInjector:
+        """Inject into a frame video; `observation` is that of its pre-pass."""
+        assert observation is not None
+        self._check(run, cache)
+        if run.rotary.is_none and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the model has no rotary embedding: its keys carry their position inside, so "
+                "foreground keys of the identity video cannot move to where the frame video needs "
+                "them (BachVid Eq. 12); expect a weaker character than with CogVideoX-5b"
+            )
+        return FrameInjector(run, self._settings, cache=cache, observation=observation)
+
+    def _check(self, run: RunContext, cache: IdentityCache) -> None:
+        settings = self._settings
+        cache.check(
+            run.layout,
+            steps=settings.recorded_steps,
+            layers=settings.vital_layers,
+            branches=settings.branches,
+            match_layers=settings.match_layers,
+            config_hash=self._config_hash,
+        )
