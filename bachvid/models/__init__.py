@@ -1,0 +1,1 @@
+"""Which model it is done to: one file per family. No method, no Ray."""

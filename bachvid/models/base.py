@@ -1,0 +1,161 @@
+"""What the loop and the controls need of a model, and how a model is loaded.
+
+One adapter file per family gives it. Nothing here names a diffusers class, a method or Ray.
+Shapes: B batch, F latent frames, P prompts, T text tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import Tensor
+
+from bachvid.attention import AttentionControl, Rotary, RunContext
+from bachvid.config import ModelConfig, VideoConfig
+from bachvid.errors import ConfigError, ModelSupportError
+from bachvid.facts import ModelFacts
+from bachvid.prompts import Prompt
+from bachvid.tokens import TokenLayout
+
+Component = TypeVar("Component")
+AttentionProcessor = Callable[..., object]
+
+
+class Transformer(Protocol):
+    """The part of diffusers' AttentionMixin through which processors are changed."""
+
+    @property
+    def attn_processors(self) -> dict[str, AttentionProcessor]:
+        """Return a new dict of all processors, by path."""
+
+    def set_attn_processor(self, processor: dict[str, AttentionProcessor]) -> None:
+        """Install one processor per path, popping each from `processor`."""
+
+
+class Scheduler(Protocol):
+    """The part of a diffusers scheduler that is the same for all of them."""
+
+    timesteps: Tensor
+    step: Callable[..., tuple[Tensor, ...]]  # arguments differ per class
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
+        """Fill `timesteps`, from noise to video."""
+
+
+class VideoModel(Protocol):
+    """A text-to-video model: text to embeddings, noise to latents, latents to pixels."""
+
+    facts: ModelFacts
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def transformer(self) -> Transformer:
+        """Return the denoiser, in evaluation mode."""
+
+    def layout(self, video: VideoConfig) -> TokenLayout:
+        """Return where text and video tokens stand. Raises ConfigError for an illegal size."""
+
+    def rotary(self, video: VideoConfig) -> Rotary:
+        """Return the position table of the video tokens; `Rotary.none()` without RoPE."""
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Return embeddings [P, T, C], each the same whatever else is encoded with it."""
+
+    def free_text_encoder(self) -> None:
+        """Drop the text encoder's weights; the next `encode_prompts` loads them again."""
+
+    def initial_noise(self, seed: int, video: VideoConfig) -> Tensor:
+        """Return latents [1, F, C, height, width], drawn on the CPU: equal on every device."""
+
+    def scheduler(self, name: str) -> Scheduler:
+        """Return a fresh scheduler ("ddim" or "dpm"), without a trace of an earlier run."""
+
+    def predict(self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Run the transformer once; the batch holds all branches of all videos."""
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """Return pixel frames [frames, height, width, 3] of one video's latents."""
+
+    def controlled_processors(
+        self, run: RunContext, control: AttentionControl
+    ) -> Mapping[str, AttentionProcessor]:
+        """Return one processor per attention layer, by its path in the transformer."""
+
+
+@contextmanager
+def attention_control(
+    model: VideoModel, run: RunContext, control: AttentionControl
+) -> Iterator[None]:
+    """Route every layer's attention through `control` until the block ends or fails."""
+    transformer = model.transformer
+    original = transformer.attn_processors
+    # set_attn_processor empties the dict that it is given, so each call gets one of its own.
+    transformer.set_attn_processor({**original, **model.controlled_processors(run, control)})
+    try:
+        yield
+    finally:
+        transformer.set_attn_processor(dict(original))
+
+
+def load_model(config: ModelConfig, facts: ModelFacts) -> VideoModel:
+    """Load the weights of the model that `facts` describes.
+
+    Raises:
+        ConfigError: a folder, file or Hub id is missing or damaged; the device does not exist.
+        ModelSupportError: the model is of a class or kind that bachvid has no adapter for.
+    """
+    from bachvid.models.cogvideox import load_cogvideox  # here: importing diffusers takes seconds
+
+    loaders: dict[str, Callable[[ModelConfig, ModelFacts], VideoModel]] = {
+        "cogvideox": load_cogvideox,
+    }
+    if facts.family not in loaders:
+        raise ModelSupportError(
+            f"model.id {config.id!r} is of the family {facts.family!r}: bachvid has adapters for "
+            f"{', '.join(sorted(loaders))}; choose a model of one of these"
+        )
+    return loaders[facts.family](config, facts)
+
+
+def choose_device(config: ModelConfig) -> torch.device:
+    """Return the device of `model.device`; "auto" is the GPU if there is one."""
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise ConfigError(
+            "model.device is 'cuda', but torch sees no GPU here: use 'auto' or 'cpu', or install "
+            "a CUDA build of torch"
+        )
+    return torch.device("cuda" if has_gpu and config.device != "cpu" else "cpu")
+
+
+def choose_dtype(config: ModelConfig, facts: ModelFacts) -> torch.dtype:
+    """Return the dtype of `model.dtype`, or the one that the model's weights are meant for."""
+    dtypes = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    return dtypes[config.dtype or facts.defaults.dtype]
+
+
+def load_component(load: Callable[[], Component], *, config: ModelConfig, name: str) -> Component:
+    """Return `load()`; what a library says about bad files becomes a ConfigError.
+
+    Raises ConfigError for files that are absent, damaged or of other sizes than their config.
+    """
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"model.id {config.id!r}: cannot load its {name}: {reason}; model.id must be a folder "
+            f"in diffusers format with safetensors weights, or the id of such a repository on the "
+            f"Hub (check model.revision too, and that the download is complete)"
+        ) from error

@@ -1,0 +1,117 @@
+"""Models small enough for a test and real: every class is the one that the big weights use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Punctuation, Sequence, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+TEXT_TOKENS = 16
+PIXEL_FRAMES, HEIGHT, WIDTH = 5, 32, 48
+WORDS = """
+    , . a the of in on and with girl boy dog cat robot fox yellow red blue green dress coat hat
+    snowy sunny dark forest beach city street garden lighthouse sea night day small old
+    walks to right left jumps waves sits runs reads dances looks up down
+"""
+VOCABULARY = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS.split()])}
+
+
+@pytest.fixture(scope="session")
+def tiny_cogvideox_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder like CogVideoX-5b's (RoPE): 3 layers, 2 heads x 16, 72 video tokens."""
+    return save_tiny_cogvideox(tmp_path_factory.mktemp("tiny_cogvideox"), has_rope=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_cogvideox_2b_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder like CogVideoX-2b's: the same sizes, positions added once, no RoPE."""
+    return save_tiny_cogvideox(tmp_path_factory.mktemp("tiny_cogvideox_2b"), has_rope=False)
+
+
+def save_tiny_cogvideox(folder: Path, *, has_rope: bool) -> Path:
+    """Save random weights, the same at every call, in the layout of a Hub repository."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        CogVideoXPipeline(
+            tokenizer=build_tokenizer(),
+            text_encoder=build_text_encoder(),
+            vae=build_vae(),
+            transformer=build_transformer(has_rope=has_rope),
+            scheduler=CogVideoXDDIMScheduler(
+                prediction_type="v_prediction",
+                timestep_spacing="trailing",
+                rescale_betas_zero_snr=True,
+                clip_sample=False,
+                snr_shift_scale=1.0,
+            ),
+        ).save_pretrained(folder)
+    return folder
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, padded and closed as T5 does: `<pad>` is 0, `</s>` is 1."""
+    tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Punctuation()])
+    tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=TEXT_TOKENS,
+    )
+
+
+def build_text_encoder() -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(VOCABULARY), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
+    return T5EncoderModel(config).eval()
+
+
+def build_vae() -> AutoencoderKLCogVideoX:
+    return AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 3,
+        up_block_types=("CogVideoXUpBlock3D",) * 3,
+        block_out_channels=(8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=2,
+        sample_height=HEIGHT,
+        sample_width=WIDTH,
+        scaling_factor=0.7,
+    ).eval()
+
+
+def build_transformer(*, has_rope: bool) -> CogVideoXTransformer3DModel:
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        num_layers=3,
+        sample_width=WIDTH // 4,
+        sample_height=HEIGHT // 4,
+        sample_frames=PIXEL_FRAMES,
+        patch_size=2,
+        temporal_compression_ratio=2,
+        max_text_seq_length=TEXT_TOKENS,
+        use_rotary_positional_embeddings=has_rope,
+    ).eval()

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+from torch import Tensor
+
+from bachvid.attention import QKV, AttentionControl, AttentionSite, KVGroup, RunContext
+from bachvid.config import ModelConfig, RenderConfig, SamplingConfig, VideoConfig, resolve_config
+from bachvid.facts import load_facts
+from bachvid.models.base import VideoModel, load_model
+from bachvid.prompts import Prompt, compose_prompt
+from bachvid.sampling import denoise
+
+PROMPT = compose_prompt("a snowy forest", "a girl in a yellow dress", "jumps")
+SEED = 7
+FOLDERS = ("tiny_cogvideox_folder", "tiny_cogvideox_2b_folder")
+VIDEO = VideoConfig(pixel_frames=5, height=32, width=48)
+
+
+class Observer(AttentionControl):
+    """A control that is there at every site and changes nothing."""
+
+    def __init__(self) -> None:
+        self.sites: list[AttentionSite] = []
+
+    def before(self, site: AttentionSite, qkv: QKV) -> QKV:
+        self.sites.append(site)
+        return qkv
+
+    def extra(self, site: AttentionSite, qkv: QKV) -> list[KVGroup]:
+        return []
+
+    def after(self, site: AttentionSite, out_BSC: Tensor) -> Tensor:
+        return out_BSC
+
+
+class Louder(AttentionControl):
+    """A control that does change the video."""
+
+    def after(self, site: AttentionSite, out_BSC: Tensor) -> Tensor:
+        return out_BSC * 2
+
+
+class StepError(Exception):
+    """What a step callback raises in these tests."""
+
+
+def load(folder: Path) -> VideoModel:
+    config = ModelConfig(id=str(folder), device="cpu")
+    return load_model(config, load_facts(config))
+
+
+def run_of(model: VideoModel) -> RunContext:
+    return RunContext(layout=model.layout(VIDEO), rotary=model.rotary(VIDEO))
+
+
+def sample(
+    model: VideoModel,
+    *,
+    scheduler: str = "ddim",
+    guidance_scale: float = 3.0,
+    num_steps: int = 4,
+    seed: int = SEED,
+    control: AttentionControl | None = None,
+    stop_after: int | None = None,
+    on_step=None,
+) -> Tensor:
+    embeds = model.encode_prompts([PROMPT, Prompt("", ())])
+    return denoise(
+        model,
+        run_of(model),
+        prompt_embeds=embeds[:1],
+        negative_embeds=embeds[1:],
+        noise=model.initial_noise(seed, VIDEO),
+        noise_seed=seed,
+        sampling=SamplingConfig(
+            scheduler=scheduler, num_steps=num_steps, guidance_scale=guidance_scale
+        ),
+        control=control,
+        stop_after=stop_after,
+        on_step=on_step,
+    )
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> VideoModel:
+    return load(folder)
+
+
+def stock_latents(
+    folder: Path, *, scheduler: str, guidance_scale: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    pipeline = CogVideoXPipeline.from_pretrained(folder, dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    if scheduler == "dpm":
+        pipeline.scheduler = CogVideoXDPMScheduler.from_config(pipeline.scheduler.config)
+    return pipeline(
+        PROMPT.text,
+        num_frames=VIDEO.pixel_frames,
+        height=VIDEO.height,
+        width=VIDEO.width,
+        num_inference_steps=4,
+        guidance_scale=guidance_scale,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="latent",
+    ).frames
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+@pytest.mark.parametrize("control", [None, Observer()], ids=["no control", "observer"])
+def test_latents_are_bitwise_those_of_the_stock_pipeline(
+    folder: Path,
+    model: VideoModel,
+    scheduler: str,
+    guidance_scale: float,
+    control: AttentionControl | None,
+) -> None:
+    expected = stock_latents(folder, scheduler=scheduler, guidance_scale=guidance_scale)
+    actual = sample(model, scheduler=scheduler, guidance_scale=guidance_scale, control=control)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_latents_are_bitwise_those_of_the_stock_pipeline_in_bfloat16(
+    folder: Path, scheduler: str
+) -> None:
+    config = ModelConfig(id=str(folder), device="cpu", dtype="bfloat16")
+    model = load_model(config, load_facts(config))
+    expected = stock_latents(folder, scheduler=scheduler, guidance_scale=3.0, dtype=torch.bfloat16)
+    actual = sample(model, scheduler=scheduler, control=Observer())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_control_sees_every_step_layer_and_branch_once(model: VideoModel) -> None:
+    observer = Observer()
+    sample(model, num_steps=2, control=observer)
+    assert observer.sites == [
+        AttentionSite(step, layer, branch)
+        for step in range(2)
+        for layer in range(3)
+        for branch in ("uncond", "cond")
+    ]
+
+
+def test_without_guidance_there_is_one_branch(model: VideoModel) -> None:
+    observer = Observer()
+    sample(model, num_steps=1, guidance_scale=1.0, control=observer)
+    assert {site.branch for site in observer.sites} == {"cond"}
+
+
+def test_what_a_control_changes_reaches_the_latents(model: VideoModel) -> None:
+    assert not torch.equal(sample(model, control=Louder()), sample(model))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_a_main_run_after_a_pre_pass_is_as_without_one(model: VideoModel, scheduler: str) -> None:
+    expected = sample(model, scheduler=scheduler)
+    sample(model, scheduler=scheduler, stop_after=2)
+    actual = sample(model, scheduler=scheduler)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_pre_pass_runs_the_transformer_on_its_last_step_but_not_the_scheduler(
+    model: VideoModel,
+) -> None:
+    observer = Observer()
+    steps: list[int] = []
+    latents = sample(model, control=observer, stop_after=1, on_step=steps.append)
+    assert {site.step for site in observer.sites} == {0, 1}
+    assert steps == [0, 1]
+    seen: list[Tensor] = []
+    original = model.predict
+
+    def predict(latents: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
+        seen.append(latents)
+        return original(latents, timestep, prompt_embeds)
+
+    model.predict = predict  # type: ignore[method-assign]
+    try:
+        sample(model, num_steps=4)
+    finally:
+        del model.predict
+    torch.testing.assert_close(latents, seen[1][:1], rtol=0, atol=0)
+
+
+def test_dpm_noise_depends_on_the_noise_seed(model: VideoModel) -> None:
+    embeds = model.encode_prompts([PROMPT, Prompt("", ())])
+    noise = model.initial_noise(SEED, VIDEO)
+    one, other = (
+        denoise(
+            model,
+            run_of(model),
+            prompt_embeds=embeds[:1],
+            negative_embeds=embeds[1:],
+            noise=noise,
+            noise_seed=seed,
+            sampling=SamplingConfig(scheduler="dpm", num_steps=4, guidance_scale=3.0),
+        )
+        for seed in (SEED, SEED + 1)
+    )
+    assert not torch.equal(one, other)
+
+
+def test_processors_come_back_when_a_step_fails(model: VideoModel) -> None:
+    def fail(step: int) -> None:
+        if step == 1:
+            raise StepError
+
+    original = model.transformer.attn_processors
+    observer = Observer()
+    with pytest.raises(StepError):
+        sample(model, control=observer, on_step=fail)
+    assert {site.step for site in observer.sites} == {0, 1}
+    assert model.transformer.attn_processors == original
+
+
+def test_defaults_of_the_model_are_enough_to_sample(folder: Path, model: VideoModel) -> None:
+    config = resolve_config(RenderConfig(model=ModelConfig(id=str(folder))), model.facts)
+    embeds = model.encode_prompts([PROMPT, Prompt("", ())])
+    latents = denoise(
+        model,
+        RunContext(layout=model.layout(config.video), rotary=model.rotary(config.video)),
+        prompt_embeds=embeds[:1],
+        negative_embeds=embeds[1:],
+        noise=model.initial_noise(SEED, config.video),
+        noise_seed=SEED,
+        sampling=config.sampling.model_copy(update={"num_steps": 1}),
+    )
+    assert latents.isfinite().all()
