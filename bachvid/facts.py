@@ -80,7 +80,7 @@ class ModelFacts:
     text_dim: int
     has_rope: bool
     patch_size: int
-    patch_size_t: int | None
+    patch_size_t: int | None  # None in every CogVideoX 1.0
     latent_channels: int
     spatial_ratio: int  # pixels per latent, along height and width
     temporal_ratio: int  # pixel frames per latent frame, after the first
@@ -91,7 +91,6 @@ class ModelFacts:
     def grid(self, pixel_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Give the token grid (latent_frames, grid_height, grid_width) of a video.
 
-        A model with a temporal patch groups latent frames; the first number counts groups.
         Raises ConfigError with the nearest legal values.
         """
         frame_stride = self.temporal_ratio
@@ -112,8 +111,7 @@ class ModelFacts:
                 )
         token_pixels = self.spatial_ratio * self.patch_size
         latent_frames = (pixel_frames - 1) // frame_stride + 1
-        groups = math.ceil(latent_frames / (self.patch_size_t or 1))
-        return groups, height // token_pixels, width // token_pixels
+        return latent_frames, height // token_pixels, width // token_pixels
 
 
 def load_facts(model: ModelConfig) -> ModelFacts:
@@ -148,6 +146,11 @@ def read_facts(folder: Path, *, name: str) -> ModelFacts:
     transformer = _read_json(folder / "transformer" / "config.json", _TransformerFile)
     vae = _read_json(folder / "vae" / "config.json", _VaeFile)
     encoder = _read_json(folder / "text_encoder" / "config.json", _TextEncoderFile)
+    if transformer.patch_size_t is not None:
+        raise ModelSupportError(
+            f"{folder}: has patch_size_t {transformer.patch_size_t}, so it is a CogVideoX 1.5: "
+            f"only 1.0 is supported; use CogVideoX-2b or CogVideoX-5b"
+        )
     if transformer.in_channels != vae.latent_channels or encoder.d_model != transformer.text_embed_dim:
         raise ModelSupportError(
             f"{folder}: its parts do not fit: the transformer takes {transformer.in_channels} "
@@ -306,20 +309,27 @@ def _scaled_profiles(num_layers: int) -> dict[str, ProfileFacts]:
     return {"paper": paper, "fast": fast}
 
 
-def _published(name: str, transformer: _TransformerFile, dtype: Dtype) -> ModelFacts:
-    facts = _assemble(transformer, _VaeFile(), name=name, folder=None)
-    return replace(facts, defaults=facts.defaults.model_copy(update={"dtype": dtype}))
+def _published(name: str) -> dict[str, ModelFacts]:
+    """Give the facts of a published model under both spellings of its Hub id."""
+    transformer, dtype = _TRANSFORMERS[name]
+    found: dict[str, ModelFacts] = {}
+    for hub_id in (f"THUDM/{name}", f"zai-org/{name}"):
+        facts = _assemble(transformer, _VaeFile(), name=hub_id, folder=None)
+        found[hub_id] = replace(
+            facts, defaults=facts.defaults.model_copy(update={"dtype": dtype})
+        )
+    return found
 
 
-_COGVIDEOX_2B = _published("CogVideoX-2b", _TransformerFile(), "float16")
-_COGVIDEOX_5B = _published(
-    "CogVideoX-5b",
-    _TransformerFile(num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True),
-    "bfloat16",
-)
-
-PUBLISHED: Mapping[str, ModelFacts] = {
-    f"{owner}/{facts.name}": facts
-    for owner in ("THUDM", "zai-org")
-    for facts in (_COGVIDEOX_2B, _COGVIDEOX_5B)
+# Source: diffusers, scripts/convert_cogvideox_to_diffusers.py, get_transformer_init_kwargs.
+_TRANSFORMERS: Mapping[str, tuple[_TransformerFile, Dtype]] = {
+    "CogVideoX-2b": (_TransformerFile(), "float16"),
+    "CogVideoX-5b": (
+        _TransformerFile(
+            num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True
+        ),
+        "bfloat16",
+    ),
 }
+
+PUBLISHED: Mapping[str, ModelFacts] = _published("CogVideoX-2b") | _published("CogVideoX-5b")

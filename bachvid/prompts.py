@@ -94,15 +94,20 @@ class PromptTokenizer:
         self._text_tokens = text_tokens
 
     @classmethod
-    def load(cls, facts: ModelFacts, *, revision: str | None = None) -> PromptTokenizer:
+    def load(
+        cls, facts: ModelFacts, *, revision: str | None = None, download: bool = True
+    ) -> PromptTokenizer:
         """Load the tokenizer of `facts`: from its folder, or for a Hub model from the Hub.
 
+        Without `download`, a Hub model's must be on this machine already.
         Raises ModelSupportError if there is none.
         """
         folder = facts.folder / "tokenizer" if facts.folder else None
         if folder and (folder / "tokenizer.json").exists():
             encode, pad_id = _load_tokenizer_json(folder)
         else:
+            if not folder and not download:
+                _check_cached(facts.name, revision)
             encode, pad_id = _load_with_transformers(facts, folder, revision)
         return cls(encode, pad_id=pad_id, text_tokens=facts.text_tokens)
 
@@ -160,6 +165,14 @@ def _load_tokenizer_json(folder: Path) -> tuple[_Encoder, int]:
         return encoding.ids, encoding.offsets, encoding.special_tokens_mask
 
     return encode, pad_id
+
+
+def _check_cached(hub_id: str, revision: str | None) -> None:
+    from huggingface_hub import try_to_load_from_cache  # for Hub models only: a tenth of a second
+
+    found = try_to_load_from_cache(hub_id, "tokenizer/tokenizer_config.json", revision=revision)
+    if not isinstance(found, str):
+        raise ModelSupportError(f"the tokenizer of {hub_id} is not on this machine yet")
 
 
 def _load_with_transformers(
