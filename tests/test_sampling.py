@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,13 @@ from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 from torch import Tensor
 
 from bachvid.attention import QKV, AttentionControl, AttentionSite, KVGroup, RunContext
+from bachvid.cache import MemoryKVStore
 from bachvid.config import ModelConfig, RenderConfig, SamplingConfig, VideoConfig, resolve_config
 from bachvid.facts import load_facts
+from bachvid.methods.bachvid import IdentityRecorder
+from bachvid.methods.base import MethodSettings
 from bachvid.models.base import VideoModel, load_model
-from bachvid.prompts import Prompt, compose_prompt
+from bachvid.prompts import Prompt, PromptTokenizer, compose_prompt
 from bachvid.sampling import denoise
 
 PROMPT = compose_prompt("a snowy forest", "a girl in a yellow dress", "jumps")
@@ -60,22 +64,22 @@ def run_of(model: VideoModel) -> RunContext:
 def sample(
     model: VideoModel,
     *,
+    run: RunContext | None = None,
     scheduler: str = "ddim",
     guidance_scale: float = 3.0,
     num_steps: int = 4,
-    seed: int = SEED,
     control: AttentionControl | None = None,
     stop_after: int | None = None,
-    on_step=None,
+    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     embeds = model.encode_prompts([PROMPT, Prompt("", ())])
     return denoise(
         model,
-        run_of(model),
+        run or run_of(model),
         prompt_embeds=embeds[:1],
         negative_embeds=embeds[1:],
-        noise=model.initial_noise(seed, VIDEO),
-        noise_seed=seed,
+        noise=model.initial_noise(SEED, VIDEO),
+        noise_seed=SEED,
         sampling=SamplingConfig(
             scheduler=scheduler, num_steps=num_steps, guidance_scale=guidance_scale
         ),
@@ -141,6 +145,28 @@ def test_latents_are_bitwise_those_of_the_stock_pipeline_in_bfloat16(
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_recording_an_identity_video_leaves_its_latents_bitwise_unchanged(
+    folder: Path, model: VideoModel, scheduler: str
+) -> None:
+    overrides = ["sampling.num_steps=4", "method.mask_step=2", "method.inject_steps=[0, 3]"]
+    config = resolve_config(RenderConfig.from_yaml(None, overrides), model.facts)
+    run, store = run_of(model), MemoryKVStore()
+    recorder = IdentityRecorder(
+        run,
+        PromptTokenizer.load(model.facts).tokenize(PROMPT),
+        MethodSettings.from_config(config.method),
+        store=store,
+        config_hash="",
+    )
+    actual = sample(model, run=run, scheduler=scheduler, control=recorder)
+    expected = stock_latents(folder, scheduler=scheduler, guidance_scale=3.0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    # Keys and values of all 3 layers and both branches: 72 tokens x 32 channels x 4 bytes each.
+    assert store.nbytes == 3 * 3 * 2 * (2 * 72 * 32 * 4)
+    assert recorder.observation.foreground.mask_N.shape == (72,)
+
+
 def test_a_control_sees_every_step_layer_and_branch_once(model: VideoModel) -> None:
     observer = Observer()
     sample(model, num_steps=2, control=observer)
@@ -170,27 +196,26 @@ def test_a_main_run_after_a_pre_pass_is_as_without_one(model: VideoModel, schedu
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_a_pre_pass_runs_the_transformer_on_its_last_step_but_not_the_scheduler(
-    model: VideoModel,
+def test_a_pre_pass_ends_behind_the_forward_of_its_last_step(
+    model: VideoModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observer = Observer()
     steps: list[int] = []
-    latents = sample(model, control=observer, stop_after=1, on_step=steps.append)
+    actual = sample(model, control=observer, stop_after=1, on_step=steps.append)
     assert {site.step for site in observer.sites} == {0, 1}
     assert steps == [0, 1]
-    seen: list[Tensor] = []
-    original = model.predict
 
-    def predict(latents: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
-        seen.append(latents)
-        return original(latents, timestep, prompt_embeds)
+    inputs: list[Tensor] = []
+    predict = model.predict
 
-    model.predict = predict  # type: ignore[method-assign]
-    try:
-        sample(model, num_steps=4)
-    finally:
-        del model.predict
-    torch.testing.assert_close(latents, seen[1][:1], rtol=0, atol=0)
+    def watched(latents: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
+        inputs.append(latents)
+        return predict(latents, timestep, prompt_embeds)
+
+    monkeypatch.setattr(model, "predict", watched)
+    sample(model)
+    # The scheduler has not stepped: these are the latents that the full run had at step 1.
+    torch.testing.assert_close(actual, inputs[1][:1], rtol=0, atol=0)
 
 
 def test_dpm_noise_depends_on_the_noise_seed(model: VideoModel) -> None:
