@@ -76,7 +76,8 @@ class Rotary:
                 f"cannot rotate {x_BSHD.shape[1]} tokens with a rotary table of {len(cos_ND)} "
                 f"rows: pass video tokens only, or the position of each token"
             )
-        real, imaginary = x_BSHD.reshape(*x_BSHD.shape[:-1], -1, 2).unbind(-1)
+        pairs = x_BSHD.reshape(*x_BSHD.shape[:-1], x_BSHD.shape[-1] // 2, 2)
+        real, imaginary = pairs.unbind(-1)
         turned_BSHD = torch.stack([-imaginary, real], dim=-1).flatten(-2)
         rotated = x_BSHD.float() * cos_ND[:, None] + turned_BSHD.float() * sin_ND[:, None]
         return rotated.to(x_BSHD.dtype)

@@ -1,0 +1,517 @@
+"""BachVid's controls on a small joint-attention transformer, against loops and float64."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from torch import Tensor
+
+from bachvid.attention import (
+    QKV,
+    AttentionControl,
+    AttentionSite,
+    Branch,
+    Rotary,
+    RunContext,
+    attend,
+    controlled_attention,
+)
+from bachvid.cache import IdentityCache, KVShard, MemoryKVStore
+from bachvid.config import MethodConfig
+from bachvid.errors import CacheMissError, LayoutError, WorkerError
+from bachvid.methods import build_method
+from bachvid.methods.bachvid import BachVid, FrameInjector, PrePassInjector, VideoObserver
+from bachvid.methods.base import Method, MethodSettings, Observation
+from bachvid.methods.masks import ForegroundMask
+from bachvid.methods.vanilla import Vanilla
+from bachvid.prompts import TokenizedPrompt
+from bachvid.tokens import TokenLayout
+
+LAYOUT = TokenLayout(text_tokens=8, latent_frames=2, grid_height=3, grid_width=4)
+HEADS, WIDTH, LAYERS, STEPS = 2, 16, 4, 6
+CHANNELS = HEADS * WIDTH
+PROMPT = TokenizedPrompt(
+    ids=(5, 6, 3, 7, 8, 9, 1, 0),
+    rows={"background": (0, 1), "character": (3, 4), "action": (5,)},
+    num_tokens=7,
+)
+SETTINGS = MethodSettings(
+    vital_layers=(1, 3),
+    mask_layers=(0, 2),
+    match_layers=(1, 2),
+    mask_step=2,
+    inject_steps=(0, 4),
+    recorded_steps=(0, 1, 2, 3),
+    branches=("uncond", "cond"),
+    pre_pass_injection="background",
+    match_threshold=0.1,
+    mask_softmax="joint",
+    morphology=False,
+    on_empty_mask="adapt",
+)
+BRANCHES: tuple[Branch, ...] = ("uncond", "cond")
+
+
+def table() -> Rotary:
+    height, width = LAYOUT.grid_height, LAYOUT.grid_width
+    return Rotary(
+        *get_3d_rotary_pos_embed(
+            WIDTH, ((0, 0), (height, width)), (height, width), LAYOUT.latent_frames, use_real=True
+        )
+    )
+
+
+class TinyTransformer:
+    """Joint attention over [text | video], four layers, both branches in one batch."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (LAYERS, 4, CHANNELS, CHANNELS)
+        self.weights = torch.randn(shape, generator=generator) / CHANNELS**0.5
+
+    def qkv(self, layer: int, x_BSC: Tensor) -> QKV:
+        parts = [(x_BSC @ w).unflatten(-1, (HEADS, WIDTH)) for w in self.weights[layer, :3]]
+        query, key = (torch.nn.functional.normalize(p, dim=-1) * 3 for p in parts[:2])
+        return QKV(query, key, parts[2])
+
+    def render(
+        self,
+        run: RunContext,
+        control: AttentionControl,
+        *,
+        seed: int,
+        stop_after: int = STEPS - 1,
+    ) -> Tensor:
+        """Denoise, after a fashion; the seed gives noise and text. Returns latents [N, C]."""
+        generator = torch.Generator().manual_seed(seed)
+        text_BTC = torch.randn(2, LAYOUT.text_tokens, CHANNELS, generator=generator)
+        latents_NC = torch.randn(LAYOUT.video_tokens, CHANNELS, generator=generator)
+        for step in range(stop_after + 1):
+            run.step = step
+            x_BSC = torch.cat([text_BTC, latents_NC.expand(2, -1, -1)], dim=1)
+            for layer in range(LAYERS):
+                out_BSC = controlled_attention(run, control, layer, self.qkv(layer, x_BSC))
+                x_BSC = x_BSC + out_BSC @ self.weights[layer, 3]
+            uncond, cond = x_BSC[:, LAYOUT.video_rows]
+            latents_NC = 0.9 * latents_NC + 0.1 * (uncond + 3 * (cond - uncond))
+        return latents_NC
+
+
+def new_run(rotary: Rotary | None = None) -> RunContext:
+    return RunContext(LAYOUT, rotary or table(), branches=BRANCHES)
+
+
+def method(settings: MethodSettings = SETTINGS) -> BachVid:
+    return BachVid(settings, config_hash="c" * 64)
+
+
+def render_identity(settings: MethodSettings = SETTINGS) -> IdentityCache:
+    run = new_run()
+    control = method(settings).identity_control(run, PROMPT, MemoryKVStore())
+    TinyTransformer().render(run, control, seed=1)
+    return control.cache(seed=1)
+
+
+def observe(settings: MethodSettings, cache: IdentityCache | None, seed: int = 2) -> Observation:
+    run = new_run()
+    control = method(settings).pre_pass_control(run, PROMPT, cache)
+    TinyTransformer().render(run, control, seed=seed, stop_after=settings.mask_step)
+    return control.observation
+
+
+class SiteLog(AttentionControl):
+    """Keeps the queries, keys, values and outputs that pass every site."""
+
+    def __init__(self) -> None:
+        self.qkv: dict[AttentionSite, QKV] = {}
+        self.out: dict[AttentionSite, Tensor] = {}
+
+    def before(self, site: AttentionSite, qkv: QKV) -> QKV:
+        self.qkv[site] = QKV(*(x.clone() for x in qkv))
+        return qkv
+
+    def after(self, site: AttentionSite, out_BSC: Tensor) -> Tensor:
+        self.out[site] = out_BSC.clone()
+        return out_BSC
+
+
+def plain_log(seed: int) -> SiteLog:
+    log, run = SiteLog(), new_run()
+    TinyTransformer().render(run, log, seed=seed)
+    return log
+
+
+def reference_score(log: SiteLog, step: int, softmax: str, layers: tuple[int, ...]) -> Tensor:
+    """Eq. (1)-(4) by loops in float64: character less background mass of every video token."""
+    score_N = torch.zeros(LAYOUT.video_tokens, dtype=torch.float64)
+    num_keys = LAYOUT.joint_tokens if softmax == "joint" else PROMPT.num_tokens - 1
+    for layer in layers:
+        qkv = log.qkv[AttentionSite(step, layer, "cond")]
+        query, key = (table().rotate_joint(x, LAYOUT)[0].double() for x in qkv[:2])
+        for i in range(LAYOUT.video_tokens):
+            for h in range(HEADS):
+                row = LAYOUT.text_tokens + i
+                weights = [
+                    math.exp(float(query[row, h] @ key[k, h]) / WIDTH**0.5) for k in range(num_keys)
+                ]
+                share = sum(weights[k] for k in PROMPT.rows["character"]) / 2
+                share -= sum(weights[k] for k in PROMPT.rows["background"]) / 2
+                score_N[i] += share / sum(weights) / HEADS
+    return score_N
+
+
+def reference_out(qkv: QKV, shard: KVShard, injector: FrameInjector) -> Tensor:
+    """Eq. (12)-(14) by loops in float64: the attention output of every row, one branch."""
+    tokens, rotary = injector.injected, table()
+    query, key = (rotary.rotate_joint(x, LAYOUT)[0].double() for x in qkv[:2])
+    sources = {
+        "character": (tokens.foreground_positions_Q, tokens.identity_index_Q),
+        "background": (tokens.background_positions_Q, tokens.background_positions_Q),
+    }
+    out = torch.zeros_like(query)
+    for row in range(LAYOUT.joint_tokens):
+        keys = [key[k] for k in range(LAYOUT.joint_tokens)]
+        values = [qkv.value_BSHD[0, k].double() for k in range(LAYOUT.joint_tokens)]
+        for positions, indices in sources.values():
+            if row - LAYOUT.text_tokens not in positions.tolist():
+                continue
+            for position, index in zip(positions.tolist(), indices.tolist(), strict=True):
+                one_key = shard.key_BMHD[:, index : index + 1]
+                keys.append(rotary.rotate(one_key, torch.tensor([position]))[0, 0].double())
+                values.append(shard.value_BMHD[0, index].double())
+        for h in range(HEADS):
+            logits = torch.stack([query[row, h] @ k[h] for k in keys]) / WIDTH**0.5
+            out[row, h] = logits.softmax(0) @ torch.stack([v[h] for v in values])
+    return out.flatten(1)
+
+
+def test_recording_leaves_the_video_unchanged() -> None:
+    run = new_run()
+    expected = TinyTransformer().render(run, AttentionControl(), seed=1)
+    control = method().identity_control(run, PROMPT, MemoryKVStore())
+    actual = TinyTransformer().render(run, control, seed=1)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("branches", [("uncond", "cond"), ("cond",)])
+def test_the_recorder_keeps_vital_layers_recorded_steps_and_its_branches(
+    branches: tuple[Branch, ...],
+) -> None:
+    cache, log = render_identity(replace(SETTINGS, branches=branches)), plain_log(seed=1)
+    kept = 0
+    for site, qkv in log.qkv.items():
+        if site.step < 4 and site.layer in (1, 3) and site.branch in branches:
+            shard = cache.store.get(site)
+            assert torch.equal(shard.key_BMHD, qkv.key_BSHD[:, LAYOUT.video_rows])
+            assert torch.equal(shard.value_BMHD, qkv.value_BSHD[:, LAYOUT.video_rows])
+            kept += shard.nbytes
+        else:
+            with pytest.raises(CacheMissError):
+                cache.store.get(site)
+    assert cache.store.nbytes == kept > 0
+    assert (cache.steps, cache.layers, cache.branches) == ((0, 1, 2, 3), (1, 3), branches)
+    assert (cache.seed, cache.config_hash, cache.layout) == (1, "c" * 64, LAYOUT)
+
+
+def test_the_recorder_copies_and_hands_on_what_it_was_given() -> None:
+    run, store = new_run(), MemoryKVStore()
+    control = method().identity_control(run, PROMPT, store)
+    site = AttentionSite(0, 1, "cond")
+    qkv = plain_log(seed=1).qkv[site]
+    before = QKV(*(x.clone() for x in qkv))
+    assert control.before(site, qkv) is qkv
+    assert all(torch.equal(x, y) for x, y in zip(qkv, before, strict=True))
+    qkv.key_BSHD.zero_()
+    expected = before.key_BSHD[:, LAYOUT.video_rows]
+    assert torch.equal(store.get(site).key_BMHD, expected)
+
+
+@pytest.mark.parametrize("softmax", ["joint", "text"])
+def test_the_mask_equals_its_definition(softmax: str) -> None:
+    settings = replace(SETTINGS, mask_softmax=softmax, pre_pass_injection="none")
+    observation, log = observe(settings, None), plain_log(seed=2)
+    expected_N = reference_score(log, 2, softmax, SETTINGS.mask_layers)
+    torch.testing.assert_close(
+        observation.foreground.score_N.double(), expected_N, rtol=1e-4, atol=1e-7
+    )
+    assert torch.equal(observation.foreground.mask_N, expected_N >= 0)
+    assert 0 < int(observation.foreground.mask_N.sum()) < LAYOUT.video_tokens
+    assert observation.recoveries == ()
+
+
+def test_features_are_the_conditional_outputs_at_the_mask_step() -> None:
+    observation = observe(replace(SETTINGS, pre_pass_injection="none"), None)
+    log = plain_log(seed=2)
+    assert list(observation.features) == [1, 2]
+    for layer, feature_NC in observation.features.items():
+        out_BSC = log.out[AttentionSite(2, layer, "cond")]
+        assert torch.equal(feature_NC, out_BSC[0, LAYOUT.video_rows])
+
+
+def test_identity_and_pre_pass_observe_alike() -> None:
+    settings = replace(SETTINGS, pre_pass_injection="none")
+    cache, observation = render_identity(settings), observe(settings, None, seed=1)
+    assert torch.equal(cache.foreground_mask_N, observation.foreground.mask_N)
+    for layer, feature_NC in observation.features.items():
+        assert torch.equal(cache.features[layer], feature_NC)
+
+
+def test_a_run_that_ended_too_early_has_no_observation() -> None:
+    run = new_run()
+    control = method().identity_control(run, PROMPT, MemoryKVStore())
+    TinyTransformer().render(run, control, seed=1, stop_after=1)
+    with pytest.raises(WorkerError, match="must go through step 2, and its model through the"):
+        control.cache(seed=1)
+
+
+def frame_injector(settings: MethodSettings, cache: IdentityCache) -> FrameInjector:
+    observation = observe(settings, cache)
+    injector = method(settings).frame_control(new_run(), PROMPT, cache, observation)
+    assert len(injector.injected.foreground_rows_Q) > 0
+    assert len(injector.injected.background_rows_Q) > 0
+    return injector
+
+
+def test_injection_equals_its_definition_in_each_branch() -> None:
+    cache, log = render_identity(), plain_log(seed=2)
+    injector = frame_injector(SETTINGS, cache)
+    sites = [AttentionSite(3, 1, branch) for branch in BRANCHES]
+    batch = QKV(*(torch.cat(x) for x in zip(*(log.qkv[s] for s in sites), strict=True)))
+    run = new_run()
+    run.step = 3
+    out_BSC = controlled_attention(run, injector, 1, batch)
+    for i, site in enumerate(sites):
+        expected_SC = reference_out(log.qkv[site], cache.store.get(site), injector)
+        torch.testing.assert_close(out_BSC[i].double(), expected_SC, rtol=1e-5, atol=1e-6)
+
+
+def test_text_and_unmatched_rows_see_no_identity_keys() -> None:
+    cache, log = render_identity(), plain_log(seed=2)
+    injector, site = frame_injector(SETTINGS, cache), AttentionSite(0, 1, "cond")
+    run = new_run()
+    groups = injector.extra(site, log.qkv[site])
+    out = attend(log.qkv[site], groups, run.rotary, LAYOUT)[0].flatten(1)
+    changed_S = (out - log.out[site][0]).abs().amax(dim=-1) > 1e-5
+    tokens = injector.injected
+    seeing = torch.cat([tokens.foreground_rows_Q, tokens.background_rows_Q]).sort().values
+    assert torch.equal(changed_S.nonzero().flatten(), seeing)
+    assert int(seeing.min()) >= LAYOUT.text_tokens
+    assert len(seeing) < LAYOUT.video_tokens
+
+
+def injected_sites(control: AttentionControl) -> set[AttentionSite]:
+    qkv = plain_log(seed=2).qkv
+    return {site for site, part in qkv.items() if control.extra(site, part)}
+
+
+@pytest.mark.parametrize("branches", [("uncond", "cond"), ("cond",)])
+def test_injection_is_in_vital_layers_configured_steps_and_branches(
+    branches: tuple[Branch, ...],
+) -> None:
+    settings = replace(SETTINGS, branches=branches, inject_steps=(1, 3))
+    injector = frame_injector(settings, render_identity(settings))
+    assert injected_sites(injector) == {
+        AttentionSite(step, layer, branch)
+        for step in (1, 2)
+        for layer in (1, 3)
+        for branch in branches
+    }
+
+
+def test_injection_changes_the_video_and_the_branches_chosen_matter() -> None:
+    videos = []
+    for branches in (BRANCHES, ("cond",)):
+        settings = replace(SETTINGS, branches=branches, pre_pass_injection="none")
+        run, cache = new_run(), render_identity(settings)
+        injector = frame_injector(settings, cache)
+        videos.append(TinyTransformer().render(run, injector, seed=2))
+    vanilla = TinyTransformer().render(new_run(), AttentionControl(), seed=2)
+    assert not torch.allclose(videos[0], vanilla, atol=1e-3)
+    assert not torch.allclose(videos[0], videos[1], atol=1e-3)
+
+
+def test_each_branch_reads_its_own_shards() -> None:
+    cache = render_identity()
+    injector, log = frame_injector(SETTINGS, cache), plain_log(seed=2)
+    uncond, cond = (AttentionSite(0, 1, branch) for branch in BRANCHES)
+    before = [injector.extra(site, log.qkv[site]) for site in (uncond, cond)]
+    kept = cache.store.get(uncond)
+    cache.store.put(KVShard(uncond, kept.key_BMHD + 1, kept.value_BMHD))
+    after = [injector.extra(site, log.qkv[site]) for site in (uncond, cond)]
+    assert torch.equal(after[0][0].key_BMHD, before[0][0].key_BMHD + 1)
+    assert torch.equal(after[1][0].key_BMHD, before[1][0].key_BMHD)
+
+
+def test_a_video_injected_into_itself_counts_its_background_twice() -> None:
+    """Every token background, the same keys again: as if their logits were log 2 higher."""
+    cache, log = render_identity(), plain_log(seed=1)
+    nowhere = torch.zeros(LAYOUT.video_tokens, dtype=torch.bool)
+    cache = replace(cache, foreground_mask_N=nowhere)
+    observation = Observation(ForegroundMask(nowhere, nowhere.float(), None), cache.features, ())
+    run = new_run()
+    injector = FrameInjector(run, SETTINGS, cache=cache, observation=observation)
+    site = AttentionSite(1, 3, "cond")
+    qkv = log.qkv[site]
+    actual = attend(qkv, injector.extra(site, qkv), run.rotary, LAYOUT)
+    bias = torch.zeros(LAYOUT.joint_tokens, LAYOUT.joint_tokens)
+    bias[LAYOUT.video_rows, LAYOUT.video_rows] = math.log(2)
+    query, key = (run.rotary.rotate_joint(x, LAYOUT).transpose(1, 2) for x in qkv[:2])
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, qkv.value_BSHD.transpose(1, 2), attn_mask=bias
+    ).transpose(1, 2)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pre_pass_injects_background_from_step_1_by_the_previous_mask() -> None:
+    cache, run = render_identity(), new_run()
+    control = method().pre_pass_control(run, PROMPT, cache)
+    assert isinstance(control, PrePassInjector)
+    TinyTransformer().render(run, control, seed=2, stop_after=2)
+    assert sorted(control.masks) == [0, 1, 2]
+    assert injected_sites(control) == {
+        AttentionSite(step, layer, branch)
+        for step in (1, 2)
+        for layer in (1, 3)
+        for branch in BRANCHES
+    }
+    site = AttentionSite(2, 1, "cond")
+    (group,) = control.extra(site, plain_log(seed=2).qkv[site])
+    expected_N = ~(control.masks[1].mask_N | cache.foreground_mask_N)
+    assert torch.equal(group.positions_M, expected_N.nonzero().flatten())
+    assert torch.equal(group.query_rows_Q, group.positions_M + LAYOUT.text_tokens)
+    assert not torch.equal(control.masks[1].mask_N, control.masks[0].mask_N)
+
+
+def test_a_pre_pass_with_injection_sees_the_injected_video() -> None:
+    settings, cache = replace(SETTINGS, inject_steps=(3, 4)), render_identity()
+    injected, vanilla = observe(settings, cache), plain_log(seed=2)
+    feature_NC = injected.features[1]
+    plain_NC = vanilla.out[AttentionSite(2, 1, "cond")][0, LAYOUT.video_rows]
+    assert not torch.allclose(feature_NC, plain_NC, atol=1e-3)
+
+
+def test_a_pre_pass_without_injection_needs_no_cache_and_one_mask() -> None:
+    settings, run = replace(SETTINGS, pre_pass_injection="none"), new_run()
+    control = method(settings).pre_pass_control(run, PROMPT, None)
+    TinyTransformer().render(run, control, seed=2, stop_after=2)
+    assert sorted(control.masks) == [2]
+    assert injected_sites(control) == set()
+
+
+def test_a_main_run_restarts_as_if_there_had_been_no_pre_pass() -> None:
+    settings, run = replace(SETTINGS, pre_pass_injection="none"), new_run()
+    control = method(settings).pre_pass_control(run, PROMPT, None)
+    TinyTransformer().render(run, control, seed=2, stop_after=2)
+    restarted = TinyTransformer().render(run, AttentionControl(), seed=2)
+    plain = TinyTransformer().render(new_run(), AttentionControl(), seed=2)
+    assert torch.equal(restarted, plain)
+
+
+def test_a_cache_of_another_render_is_refused_before_a_frame_video() -> None:
+    cache, run = render_identity(), new_run()
+    observation = observe(SETTINGS, cache)
+    with pytest.raises(CacheMissError, match=r"set method\.pre_pass_injection=none"):
+        method().pre_pass_control(run, PROMPT, None)
+    for other in (
+        replace(cache, config_hash="d" * 64),
+        replace(cache, branches=("cond",)),
+        replace(cache, features={}),
+        replace(cache, steps=(0, 1)),
+    ):
+        with pytest.raises(CacheMissError):
+            method().frame_control(run, PROMPT, other, observation)
+        with pytest.raises(CacheMissError):
+            method().pre_pass_control(run, PROMPT, other)
+    other = replace(cache, layout=replace(LAYOUT, grid_width=5))
+    with pytest.raises(LayoutError, match="tokens must correspond"):
+        method().frame_control(run, PROMPT, other, observation)
+
+
+def test_empty_masks_are_recovered_and_reported() -> None:
+    swapped = replace(
+        PROMPT, rows={"background": (0, 1), "character": (0, 1), "action": (5,)}
+    )  # equal masses: ties are foreground, so every mask is full
+    run = new_run()
+    control = method().pre_pass_control(run, swapped, render_identity())
+    TinyTransformer().render(run, control, seed=2, stop_after=2)
+    recoveries = control.observation.recoveries
+    assert [(r.step, r.found, r.remedy) for r in recoveries] == [
+        (step, "full", "background_only") for step in range(3)
+    ]
+    strict = method(replace(SETTINGS, on_empty_mask="fail"))
+    control = strict.pre_pass_control(run, swapped, render_identity())
+    with pytest.raises(WorkerError, match="mask at step 2 is full"):
+        TinyTransformer().render(run, control, seed=2, stop_after=2)
+
+
+def test_two_videos_in_one_batch_are_refused() -> None:
+    run = RunContext(LAYOUT, table(), step=2, branches=("cond",))
+    control = method().identity_control(run, PROMPT, MemoryKVStore())
+    qkv = QKV(*torch.randn(3, 2, LAYOUT.joint_tokens, HEADS, WIDTH))
+    with pytest.raises(LayoutError, match="2 videos in one batch"):
+        controlled_attention(run, control, 0, qkv)
+
+
+def test_a_model_without_rope_is_injected_with_one_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cache, bachvid = render_identity(), method()
+    observation = observe(SETTINGS, cache)
+    with caplog.at_level(logging.WARNING, logger="bachvid"):
+        for _ in range(2):
+            run = new_run(Rotary.none())
+            injector = bachvid.frame_control(run, PROMPT, cache, observation)
+    assert [record.message for record in caplog.records if "Eq. 12" in record.message] != []
+    assert len(caplog.records) == 1
+    assert len(injected_sites(injector)) == 4 * 2 * 2
+
+
+CONFIG = MethodConfig(
+    vital_layers=(1, 3),
+    mask_layers=(0, 2),
+    match_layers=(1, 2),
+    mask_step=2,
+    inject_steps=(0, 4),
+    branches="both",
+    pre_pass_injection="background",
+    match_threshold=0.1,
+    mask_softmax="joint",
+)
+
+
+def test_a_resolved_config_becomes_settings() -> None:
+    assert MethodSettings.from_config(CONFIG) == SETTINGS
+    cond = CONFIG.model_copy(update={"branches": "cond", "inject_steps": (4, 6)})
+    expected = replace(
+        SETTINGS, branches=("cond",), inject_steps=(4, 6), recorded_steps=(1, 2, 4, 5)
+    )
+    assert MethodSettings.from_config(cond) == expected
+
+
+def test_the_config_names_the_method() -> None:
+    assert isinstance(build_method(CONFIG, config_hash="c"), BachVid)
+    none = CONFIG.model_copy(update={"name": "none"})
+    assert isinstance(build_method(none, config_hash="c"), Vanilla)
+
+
+def test_vanilla_observes_masks_and_changes_nothing() -> None:
+    vanilla: Method = build_method(CONFIG.model_copy(update={"name": "none"}), config_hash="c")
+    run, store = new_run(), MemoryKVStore()
+    plain = TinyTransformer().render(run, AttentionControl(), seed=2)
+    identity = vanilla.identity_control(run, PROMPT, store)
+    assert torch.equal(TinyTransformer().render(run, identity, seed=2), plain)
+    cache = identity.cache(seed=2)
+    assert (store.nbytes, cache.layers, cache.features) == (0, (), {})
+    assert vanilla.pre_pass_control(run, PROMPT, cache) is None
+    frame = vanilla.frame_control(run, PROMPT, cache, None)
+    assert isinstance(frame, VideoObserver)
+    assert torch.equal(TinyTransformer().render(run, frame, seed=2), plain)
+    observed = observe(replace(SETTINGS, pre_pass_injection="none"), None)
+    assert torch.equal(frame.observation.foreground.mask_N, observed.foreground.mask_N)
+    assert frame.injected is None
+    assert torch.equal(cache.foreground_mask_N, observed.foreground.mask_N)
