@@ -1,4 +1,4 @@
-"""`python -m bachvid`: the command line without the installed script, as `ray job submit` runs it."""
+"""`python -m bachvid`: the command line, as `ray job submit` starts it."""
 
 from __future__ import annotations
 

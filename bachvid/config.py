@@ -167,7 +167,9 @@ def resolve_config(config: RenderConfig, facts: ModelFacts) -> RenderConfig:
         height=defaults.height,
         width=defaults.width,
     )
-    assert video.pixel_frames and video.height and video.width
+    assert video.pixel_frames is not None
+    assert video.height is not None
+    assert video.width is not None
     facts.grid(video.pixel_frames, video.height, video.width)
     sampling = _filled(
         config.sampling,

@@ -12,7 +12,14 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bachvid.config import Branches, Dtype, MaskSoftmax, ModelConfig, PrePassInjection, SchedulerName
+from bachvid.config import (
+    Branches,
+    Dtype,
+    MaskSoftmax,
+    ModelConfig,
+    PrePassInjection,
+    SchedulerName,
+)
 from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.story import NoisePolicy
 from bachvid.strict_yaml import did_you_mean, read_text, shown, validate
@@ -141,7 +148,8 @@ def read_facts(folder: Path, *, name: str) -> ModelFacts:
     index = _read_json(folder / "model_index.json", _ModelIndex)
     if index.class_name != "CogVideoXPipeline":
         raise ModelSupportError(
-            f"{folder}: is a {index.class_name}: only CogVideoXPipeline, text to video, is supported"
+            f"{folder}: is a {index.class_name}: only CogVideoXPipeline, which makes videos from "
+            f"text, is supported"
         )
     transformer = _read_json(folder / "transformer" / "config.json", _TransformerFile)
     vae = _read_json(folder / "vae" / "config.json", _VaeFile)
@@ -151,7 +159,10 @@ def read_facts(folder: Path, *, name: str) -> ModelFacts:
             f"{folder}: has patch_size_t {transformer.patch_size_t}, so it is a CogVideoX 1.5: "
             f"only 1.0 is supported; use CogVideoX-2b or CogVideoX-5b"
         )
-    if transformer.in_channels != vae.latent_channels or encoder.d_model != transformer.text_embed_dim:
+    if (
+        transformer.in_channels != vae.latent_channels
+        or encoder.d_model != transformer.text_embed_dim
+    ):
         raise ModelSupportError(
             f"{folder}: its parts do not fit: the transformer takes {transformer.in_channels} "
             f"latent and {transformer.text_embed_dim} text channels, the VAE gives "
@@ -253,13 +264,11 @@ class _StorybookFile(_JsonFile):
 
 def _read_json(path: Path, model: type[FileT]) -> FileT:
     try:
-        value = json.loads(read_text(path))
-    except ValueError as error:  # ConfigError of a missing file, or json's own
-        raise ModelSupportError(f"not a diffusers folder: {path}: {error}") from None
-    try:
-        return validate(model, value, source=lambda _: str(path))
+        return validate(model, json.loads(read_text(path)), source=lambda _: str(path))
     except ConfigError as error:
-        raise ModelSupportError(f"not a model that can be read: {error}") from None
+        raise ModelSupportError(f"not a diffusers folder that can be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelSupportError(f"{path}: not JSON: {error}") from None
 
 
 def _download_json(model: ModelConfig) -> Path:
@@ -315,9 +324,7 @@ def _published(name: str) -> dict[str, ModelFacts]:
     found: dict[str, ModelFacts] = {}
     for hub_id in (f"THUDM/{name}", f"zai-org/{name}"):
         facts = _assemble(transformer, _VaeFile(), name=hub_id, folder=None)
-        found[hub_id] = replace(
-            facts, defaults=facts.defaults.model_copy(update={"dtype": dtype})
-        )
+        found[hub_id] = replace(facts, defaults=facts.defaults.model_copy(update={"dtype": dtype}))
     return found
 
 

@@ -1,11 +1,10 @@
 """What a render will do, before any weight loads: every error in a story or config shows here.
 
-Pure: no torch. The driver renders what the plan says, and `bachvid plan` prints it.
+Pure: no torch. The driver renders what the plan says, and `plan_text.py` prints it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bachvid.config import (
@@ -13,7 +12,6 @@ from bachvid.config import (
     MethodConfig,
     RenderConfig,
     VideoConfig,
-    config_hash,
     recorded_steps,
     resolve_config,
 )
@@ -30,8 +28,6 @@ from bachvid.prompts import (
 )
 from bachvid.story import IDENTITY_ID, Action, Scene, Story, video_seed
 from bachvid.tokens import TokenLayout
-
-JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +63,6 @@ class RenderPlan:
     """Everything decided about a render. `config` is resolved: it has no None to fill.
 
     `cache_bytes` are the keys and values of one scene; scenes are rendered one after another.
-    `seconds` is an estimate for 2 CPU cores, or None where nobody measured.
     """
 
     story: Story
@@ -76,9 +71,32 @@ class RenderPlan:
     layout: TokenLayout
     scenes: tuple[ScenePlan, ...]
     cache_bytes: int
-    num_forwards: int
-    seconds: float | None
     notes: tuple[str, ...]
+
+    @property
+    def frame_forwards(self) -> int:
+        """Passes through the transformer for one frame video, those of its pre-pass too."""
+        steps, mask_step = self.config.sampling.num_steps, self.config.method.mask_step
+        assert steps is not None
+        assert mask_step is not None
+        return steps + (mask_step + 1 if self.config.method.name == "bachvid" else 0)
+
+    @property
+    def num_forwards(self) -> int:
+        """Passes through the transformer for the whole story."""
+        steps = self.config.sampling.num_steps
+        assert steps is not None
+        return sum(steps + len(scene.frames) * self.frame_forwards for scene in self.scenes)
+
+    @property
+    def seconds(self) -> float | None:
+        """An estimate for 2 CPU cores, or None where nobody measured this model at this size."""
+        defaults, video = self.facts.defaults, self.config.video
+        measured = (defaults.pixel_frames, defaults.height, defaults.width)
+        if (video.pixel_frames, video.height, video.width) != measured:
+            return None
+        per_forward = defaults.seconds_per_forward
+        return None if per_forward is None else per_forward * self.num_forwards
 
 
 def render_plan(
@@ -105,7 +123,6 @@ def render_plan(
             raise
         notes.append(f"{error}; tokens are counted, and their limit checked, when rendering starts")
     scenes = _plan_scenes(story, resolved, tokenizer, source=source)
-    forwards = sum(_count_forwards(scene, resolved) for scene in scenes)
     return RenderPlan(
         story=story,
         config=resolved,
@@ -113,22 +130,25 @@ def render_plan(
         layout=layout,
         scenes=scenes,
         cache_bytes=identity_cache_bytes(resolved, facts),
-        num_forwards=forwards,
-        seconds=_estimate_seconds(resolved.video, facts, forwards),
         notes=tuple(notes),
     )
 
 
 def plan_layout(video: VideoConfig, facts: ModelFacts) -> TokenLayout:
     """Give the token layout of a resolved video config. Raises ConfigError for illegal sizes."""
-    assert video.pixel_frames and video.height and video.width
-    return TokenLayout(facts.text_tokens, *facts.grid(video.pixel_frames, video.height, video.width))
+    assert video.pixel_frames is not None
+    assert video.height is not None
+    assert video.width is not None
+    return TokenLayout(
+        facts.text_tokens, *facts.grid(video.pixel_frames, video.height, video.width)
+    )
 
 
 def identity_cache_bytes(resolved: RenderConfig, facts: ModelFacts) -> int:
     """Give the bytes of the keys and values that one identity video leaves to its scene."""
     method, dtype = resolved.method, resolved.model.dtype
-    assert dtype and method.vital_layers
+    assert dtype is not None
+    assert method.vital_layers is not None
     branches = 2 if method.branches == "both" else 1
     sites = len(recorded_steps(method)) * len(method.vital_layers) * branches
     shard = 2 * plan_layout(resolved.video, facts).video_tokens * facts.num_heads * facts.head_dim
@@ -226,126 +246,3 @@ def _model_notes(facts: ModelFacts, method: MethodConfig) -> list[str]:
             f"where they were recorded, so a character that moves is held less well"
         )
     return notes
-
-
-def _count_forwards(scene: ScenePlan, resolved: RenderConfig) -> int:
-    method, steps = resolved.method, resolved.sampling.num_steps
-    assert steps is not None
-    assert method.mask_step is not None
-    pre_pass = method.mask_step + 1 if method.name == "bachvid" else 0
-    return len(scene.videos) * steps + len(scene.frames) * pre_pass
-
-
-def _estimate_seconds(video: VideoConfig, facts: ModelFacts, forwards: int) -> float | None:
-    measured = facts.defaults.seconds_per_forward
-    default = (facts.defaults.pixel_frames, facts.defaults.height, facts.defaults.width)
-    if measured is None or (video.pixel_frames, video.height, video.width) != default:
-        return None
-    return measured * forwards
-
-
-# --- for people and programs ----------------------------------------------------------------------
-
-
-def plan_text(plan: RenderPlan) -> str:
-    """Give the plan as `bachvid plan` prints it."""
-    config, layout = plan.config, plan.layout
-    method, sampling, video = config.method, config.sampling, config.video
-    grid = " x ".join(map(str, layout.grid))
-    lines = [
-        f'"{plan.story.title}": {len(plan.scenes)} scenes, '
-        f"{sum(len(scene.videos) for scene in plan.scenes)} videos"
-    ]
-    for scene in plan.scenes:
-        lines += ["", f"scene {scene.scene.id}"]
-        for item in scene.videos:
-            lines += [f"  {item.id}: {item.prompt.text}", f"    {_video_facts(item, plan)}"]
-    lines += [
-        "",
-        f"model     {plan.facts.name}, {config.model.dtype}, on {config.model.device}",
-        f"video     {video.pixel_frames} frames of {video.height} x {video.width} pixels at "
-        f"{config.output.fps} fps: {grid} = {layout.video_tokens} tokens",
-        f"sampling  {sampling.num_steps} steps of {sampling.scheduler}, guidance "
-        f"{sampling.guidance_scale:g}, noise {sampling.noise}",
-        *_method_lines(method),
-        f"cache     {format_bytes(plan.cache_bytes)} of keys and values, for one scene at a time",
-        f"time      {_time_text(plan)}, {plan.num_forwards} passes through the transformer",
-        f"config    {config_hash(config)[:12]}",
-        *(f"note      {note}" for note in plan.notes),
-    ]
-    return "\n".join(lines)
-
-
-def plan_json(plan: RenderPlan) -> dict[str, JsonValue]:
-    """Give the plan as plain data, for `bachvid plan --json`."""
-    return {
-        "title": plan.story.title,
-        "scenes": [
-            {
-                "id": scene.scene.id,
-                "videos": [_video_json(video) for video in scene.videos],
-            }
-            for scene in plan.scenes
-        ],
-        "model": plan.facts.name,
-        "layout": {
-            "text_tokens": plan.layout.text_tokens,
-            "grid": list(plan.layout.grid),
-            "video_tokens": plan.layout.video_tokens,
-        },
-        "config": plan.config.model_dump(mode="json"),
-        "config_hash": config_hash(plan.config),
-        "cache_bytes": plan.cache_bytes,
-        "forwards": plan.num_forwards,
-        "seconds": plan.seconds,
-        "notes": list(plan.notes),
-    }
-
-
-def format_bytes(count: int) -> str:
-    """Give a count of bytes in decimal units, as disks and memory are sold."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def _method_lines(method: MethodConfig) -> list[str]:
-    if method.name == "none":
-        return ["method    none: every video on its own"]
-    assert method.vital_layers and method.inject_steps
-    first, last = method.inject_steps
-    return [
-        f"method    {method.name}, profile {method.profile}: {method.branches} branches, steps "
-        f"{first} to {last - 1}, mask at step {method.mask_step}, in the pre-pass "
-        f"{method.pre_pass_injection}",
-        f"layers    {', '.join(map(str, method.vital_layers))}",
-    ]
-
-
-def _video_facts(video: VideoPlan, plan: RenderPlan) -> str:
-    seed = f"seed {video.seed}"
-    if video.tokens is None:
-        return f"{seed}, tokens not counted"
-    spans = ", ".join(f"{part} {_rows_text(rows)}" for part, rows in video.tokens.rows.items())
-    return f"{seed}, {video.tokens.num_tokens} of {plan.layout.text_tokens} tokens: {spans}"
-
-
-def _rows_text(rows: tuple[int, ...]) -> str:
-    return str(rows[0]) if len(rows) == 1 else f"{rows[0]}-{rows[-1]}"
-
-
-def _time_text(plan: RenderPlan) -> str:
-    return "unknown" if plan.seconds is None else f"about {plan.seconds:.0f} s on 2 CPU cores"
-
-
-def _video_json(video: VideoPlan) -> dict[str, JsonValue]:
-    tokens = video.tokens
-    spans: Mapping[PromptPart, tuple[int, ...]] = tokens.rows if tokens else {}
-    return {
-        "id": video.id,
-        "prompt": video.prompt.text,
-        "seed": video.seed,
-        "tokens": tokens.num_tokens if tokens else None,
-        "spans": {part: list(rows) for part, rows in spans.items()},
-    }

@@ -75,8 +75,7 @@ def vocabulary_phrase(part: PromptPart, words: str, vocabulary: Vocabulary) -> s
             return phrase
     known = ", ".join(f'"{phrase}"' for phrase in phrases)
     raise ConfigError(
-        f"is {shown(words)}: this model knows only these: {known}."
-        f"{did_you_mean(folded, phrases)}"
+        f"is {shown(words)}: this model knows only these: {known}.{did_you_mean(folded, phrases)}"
     )
 
 
@@ -192,7 +191,9 @@ def _load_with_transformers(
             )
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelSupportError(f"the tokenizer of {facts.name} cannot be loaded: {reason}") from None
+        raise ModelSupportError(
+            f"the tokenizer of {facts.name} cannot be loaded: {reason}"
+        ) from None
 
     def encode(text: str) -> tuple[list[int], list[tuple[int, int]], list[int]]:
         encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)

@@ -7,7 +7,7 @@ file, the path in it, the value, the rule, and the nearest known spelling.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -25,30 +25,23 @@ _MAX_SHOWN = 60  # characters of a value in a message
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, aliases, and tags beyond JSON's types."""
+    """SafeLoader that refuses a key given twice, and tags beyond JSON's types."""
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        # An alias can contain itself, and a chain of them can expand without bound.
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the alias *{event.anchor}: write the value again", event.start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[object, object]:
-        assert isinstance(node, yaml.MappingNode)
+    def construct_mapping(
+        self, node: yaml.MappingNode, deep: bool = False
+    ) -> dict[Hashable, object]:
         seen: set[str] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {shown(key_node.value)} twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
+        # For a scalar with the tag !!map there are no pairs, and the class below refuses it.
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {shown(key.value)} stands here twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
+
+_TAGS = {"null", "bool", "int", "float", "str", "seq", "map"}
 
 # Dates stay text, and what only Python has (sets, bytes, pairs) is an unknown tag.
 _StrictLoader.yaml_implicit_resolvers = {
@@ -58,7 +51,8 @@ _StrictLoader.yaml_implicit_resolvers = {
 _StrictLoader.yaml_constructors = {
     tag: constructor
     for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
-    if tag is None or tag.rpartition(":")[2] in {"null", "bool", "int", "float", "str", "seq", "map"}
+    if tag is None
+    or tag.rpartition(":")[2] in {"null", "bool", "int", "float", "str", "seq", "map"}
 }
 
 
@@ -98,7 +92,9 @@ def read_text(path: Path) -> str:
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder, not a file") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        raise ConfigError(
+            f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -106,15 +102,23 @@ def read_text(path: Path) -> str:
 def parse_yaml(text: str, *, source: str) -> YamlValue:
     """Parse one YAML document. Raises ConfigError, with line and column, if it is not one."""
     try:
+        # An alias can contain itself, and a chain of them can expand without bound.
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(
+                    f"{source}: has the alias *{event.anchor}; write the value again instead"
+                )
         value: YamlValue = yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{source}{place}: not valid here: {error.problem}") from None
+        raise ConfigError(f"{source}{place}: cannot be read: {error.problem}") from None
     except yaml.YAMLError as error:  # a ReaderError: a character that YAML does not allow
         raise ConfigError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise ConfigError(f"{source}: nested too deeply to be read") from None
+    except ConfigError:
+        raise
     except (ValueError, LookupError) as error:  # a tag with a value that it cannot have: !!int x
         raise ConfigError(f"{source}: a value that its tag does not allow: {error}") from None
     return value
@@ -132,9 +136,7 @@ def parse_mapping(text: str, *, source: str, keys: Sequence[str]) -> dict[object
     return value
 
 
-def validate(
-    model: type[ModelT], value: object, *, source: Callable[[Location], str]
-) -> ModelT:
+def validate(model: type[ModelT], value: object, *, source: Callable[[Location], str]) -> ModelT:
     """Build `model` from plain data.
 
     `source` names the origin of a location: the file, or the option that set it.
@@ -165,7 +167,9 @@ def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
             return f"{path}missing, and it has no default"
         case "literal_error":
             expected = str(context["expected"])
-            guess = did_you_mean(str(value), expected.replace("'", "").replace(" or ", ", ").split(", "))
+            guess = did_you_mean(
+                str(value), expected.replace("'", "").replace(" or ", ", ").split(", ")
+            )
             return f"{path}is {shown(value)}: must be {expected}.{guess}"
         case "value_error":
             return f"{path}{context['error']}"

@@ -1,0 +1,46 @@
+"""bachvid: stories as videos, with one background and one character in every action.
+
+The public names are loaded when they are first used: importing bachvid imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bachvid.config import RenderConfig
+    from bachvid.driver import StoryRenderer
+    from bachvid.errors import BachvidError
+    from bachvid.story import Action, Scene, Story
+
+__all__ = [
+    "Action",
+    "BachvidError",
+    "RenderConfig",
+    "Scene",
+    "Story",
+    "StoryRenderer",
+    "__version__",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Action": "bachvid.story",
+    "BachvidError": "bachvid.errors",
+    "RenderConfig": "bachvid.config",
+    "Scene": "bachvid.story",
+    "Story": "bachvid.story",
+    "StoryRenderer": "bachvid.driver",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bachvid' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

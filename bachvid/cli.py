@@ -1,0 +1,161 @@
+"""The command line: parses, prints, sets up logging. Whatever is slow to import comes later.
+
+Exit codes: 0 done, 1 some videos failed, 2 bad input, 130 cancelled.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+
+from bachvid import __version__
+from bachvid.errors import BachvidError, CacheMissError, WorkerError
+
+if TYPE_CHECKING:
+    from bachvid.driver import StoryRenderer
+
+SOME_FAILED, BAD_INPUT, CANCELLED = 1, 2, 130
+
+_STORY = click.argument("story", type=click.Path(path_type=Path))
+_CONFIG = click.option(
+    "--config", type=click.Path(path_type=Path), help="Config file; without it the embedded model."
+)
+_SET = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As method.profile=fast."
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+_VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Log every stage to stderr.")
+
+
+class _BadInput(click.ClickException):
+    exit_code = BAD_INPUT
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (WorkerError, CacheMissError) as error:
+            raise click.ClickException(str(error)) from error  # exit code 1
+        except BachvidError as error:
+            raise _BadInput(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="bachvid")
+def main() -> None:
+    """Render stories as videos in which background and character stay the same."""
+    for stream in (sys.stdout, sys.stderr):
+        # A title may hold what the terminal's encoding has no letter for.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@main.command()
+@_STORY
+@_CONFIG
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Run directory; runs/<name of STORY> if not given.",
+)
+@_SET
+@_VERBOSE
+def render(
+    story: Path, config: Path | None, out: Path | None, overrides: tuple[str, ...], verbose: bool
+) -> None:
+    """Render STORY, or what is missing of it, into a run directory."""
+    from bachvid.config import RenderConfig
+    from bachvid.driver import StoryRenderer
+    from bachvid.events import Done, Failed
+    from bachvid.plan import render_plan
+    from bachvid.progress import open_progress
+    from bachvid.story import Story
+
+    _configure_logging(verbose=verbose)
+    out = out or Path("runs") / story.stem
+    loaded, settings = Story.load(story), RenderConfig.from_yaml(config, overrides)
+    plan = render_plan(loaded, settings, source=str(story), download=True)
+    num_videos = sum(len(scene.videos) for scene in plan.scenes)
+    done, failed = 0, 0
+    with (
+        StoryRenderer(settings, out) as renderer,
+        _cancelled_by_ctrl_c(renderer),
+        open_progress(plan) as progress,
+    ):
+        for event in renderer.stream(loaded, source=str(story)):
+            progress.show(event)
+            done += isinstance(event, Done)
+            failed += isinstance(event, Failed)
+        cancelled = renderer.is_cancelled
+    click.echo(f"{done} of {num_videos} videos in {out}")
+    if cancelled:
+        click.echo("Cancelled; render again to go on.", err=True)
+        sys.exit(CANCELLED)
+    if failed:
+        click.echo(f"{failed} failed, see {out}/manifest.json; render again to retry.", err=True)
+        sys.exit(SOME_FAILED)
+
+
+@main.command()
+@_STORY
+@_CONFIG
+@_SET
+@_JSON
+def plan(story: Path, config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Print what rendering STORY would do: prompts, tokens, seeds, bytes and time."""
+    import json
+
+    from bachvid.config import RenderConfig
+    from bachvid.plan import render_plan
+    from bachvid.plan_text import plan_json, plan_text
+    from bachvid.story import Story
+
+    loaded, settings = Story.load(story), RenderConfig.from_yaml(config, overrides)
+    decided = render_plan(loaded, settings, source=str(story))
+    click.echo(json.dumps(plan_json(decided), indent=2) if as_json else plan_text(decided))
+
+
+@main.command()
+def check() -> None:
+    """Check this machine: versions, devices, the embedded model, and one small render."""
+    from bachvid.check import run_checks
+
+    failed = False
+    for result in run_checks():
+        click.echo(f"{'ok  ' if result.ok else 'FAIL'}  {result.name}: {result.found}")
+        failed |= not result.ok
+    if failed:
+        sys.exit(SOME_FAILED)
+
+
+@contextmanager
+def _cancelled_by_ctrl_c(renderer: StoryRenderer) -> Iterator[None]:
+    """End after the current step on the first Ctrl-C; the second one interrupts at once."""
+    original = signal.getsignal(signal.SIGINT)
+
+    def cancel(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, original)
+        renderer.cancel()
+
+    signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, original)
+
+
+def _configure_logging(*, verbose: bool) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(name)s %(levelname)s %(message)s",
+    )

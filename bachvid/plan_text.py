@@ -1,0 +1,115 @@
+"""A plan in words, as `bachvid plan` prints it, and as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import JsonValue
+
+from bachvid.config import MethodConfig, config_hash
+from bachvid.plan import RenderPlan, VideoPlan
+from bachvid.prompts import PromptPart
+
+
+def plan_text(plan: RenderPlan) -> str:
+    """Give the plan as `bachvid plan` prints it."""
+    config, layout = plan.config, plan.layout
+    method, sampling, video = config.method, config.sampling, config.video
+    grid = " x ".join(map(str, layout.grid))
+    num_scenes, num_videos = len(plan.scenes), sum(len(scene.videos) for scene in plan.scenes)
+    scenes = "1 scene" if num_scenes == 1 else f"{num_scenes} scenes"
+    lines = [f'"{plan.story.title}": {scenes}, {num_videos} videos']
+    for scene in plan.scenes:
+        lines += ["", f"scene {scene.scene.id}"]
+        for item in scene.videos:
+            lines += [f"  {item.id}: {item.prompt.text}", f"    {_video_facts(item, plan)}"]
+    lines += [
+        "",
+        f"model     {plan.facts.name}, {config.model.dtype}, on {config.model.device}",
+        f"video     {video.pixel_frames} frames of {video.height} x {video.width} pixels at "
+        f"{config.output.fps} fps: {grid} = {layout.video_tokens} tokens",
+        f"sampling  {sampling.num_steps} steps of {sampling.scheduler}, guidance "
+        f"{sampling.guidance_scale:g}, noise {sampling.noise}",
+        *_method_lines(method),
+        f"cache     {format_bytes(plan.cache_bytes)} of keys and values, for one scene at a time",
+        f"time      {_time_text(plan)}, {plan.num_forwards} passes through the transformer",
+        f"config    {config_hash(config)[:12]}",
+        *(f"note      {note}" for note in plan.notes),
+    ]
+    return "\n".join(lines)
+
+
+def plan_json(plan: RenderPlan) -> dict[str, JsonValue]:
+    """Give the plan as plain data, for `bachvid plan --json`."""
+    return {
+        "title": plan.story.title,
+        "scenes": [
+            {
+                "id": scene.scene.id,
+                "videos": [_video_json(video) for video in scene.videos],
+            }
+            for scene in plan.scenes
+        ],
+        "model": plan.facts.name,
+        "layout": {
+            "text_tokens": plan.layout.text_tokens,
+            "grid": list(plan.layout.grid),
+            "video_tokens": plan.layout.video_tokens,
+        },
+        "config": plan.config.model_dump(mode="json"),
+        "config_hash": config_hash(plan.config),
+        "cache_bytes": plan.cache_bytes,
+        "forwards": plan.num_forwards,
+        "seconds": plan.seconds,
+        "notes": list(plan.notes),
+    }
+
+
+def format_bytes(count: int) -> str:
+    """Give a count of bytes in decimal units, as disks and memory are sold."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _method_lines(method: MethodConfig) -> list[str]:
+    if method.name == "none":
+        return ["method    none: every video on its own"]
+    assert method.vital_layers is not None
+    assert method.inject_steps is not None
+    first, last = method.inject_steps
+    return [
+        f"method    {method.name}, profile {method.profile}: {method.branches} branches, steps "
+        f"{first} to {last - 1}, mask at step {method.mask_step}, in the pre-pass "
+        f"{method.pre_pass_injection}",
+        f"layers    {', '.join(map(str, method.vital_layers))}",
+    ]
+
+
+def _video_facts(video: VideoPlan, plan: RenderPlan) -> str:
+    seed = f"seed {video.seed}"
+    if video.tokens is None:
+        return f"{seed}, tokens not counted"
+    spans = ", ".join(f"{part} {_rows_text(rows)}" for part, rows in video.tokens.rows.items())
+    return f"{seed}, {video.tokens.num_tokens} of {plan.layout.text_tokens} tokens: {spans}"
+
+
+def _rows_text(rows: tuple[int, ...]) -> str:
+    return str(rows[0]) if len(rows) == 1 else f"{rows[0]}-{rows[-1]}"
+
+
+def _time_text(plan: RenderPlan) -> str:
+    return "unknown" if plan.seconds is None else f"about {plan.seconds:.0f} s on 2 CPU cores"
+
+
+def _video_json(video: VideoPlan) -> dict[str, JsonValue]:
+    tokens = video.tokens
+    spans: Mapping[PromptPart, tuple[int, ...]] = tokens.rows if tokens else {}
+    return {
+        "id": video.id,
+        "prompt": video.prompt.text,
+        "seed": video.seed,
+        "tokens": tokens.num_tokens if tokens else None,
+        "spans": {part: list(rows) for part, rows in spans.items()},
+    }
