@@ -157,5 +157,6 @@ def load_component(load: Callable[[], Component], *, config: ModelConfig, name: 
         raise ConfigError(
             f"model.id {config.id!r}: cannot load its {name}: {reason}; model.id must be a folder "
             f"in diffusers format with safetensors weights, or the id of such a repository on the "
-            f"Hub (check model.revision too, and that the download is complete)"
+            f"Hub (check that the download is complete; for the Hub, model.revision and that it "
+            f"can be reached)"
         ) from error
