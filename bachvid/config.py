@@ -42,7 +42,7 @@ DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 SectionT = TypeVar("SectionT", bound="_Section")
 
 # YAML has lists, not tuples; what stands in them is checked as strictly as the rest.
-Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)]
+Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
 Steps = Annotated[tuple[int, int], Field(strict=False)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -100,8 +100,17 @@ class MethodConfig(_Section):
     @classmethod
     def _check_layers(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if layers is not None and list(layers) != sorted(set(layers)):
-            raise ValueError(f"is {list(layers)}: list each layer once, in rising order")
+            raise ValueError(f"is {shown(list(layers))}: list each layer once, in rising order")
+        if layers == ():
+            raise ValueError("is []: need at least one layer")
         return layers
+
+    @field_validator("inject_steps", mode="before")
+    @classmethod
+    def _check_pair(cls, steps: object) -> object:
+        if isinstance(steps, list) and len(steps) != 2:
+            raise ValueError(f"is {shown(steps)}: must be two steps, [first, last)")
+        return steps
 
     @field_validator("inject_steps")
     @classmethod

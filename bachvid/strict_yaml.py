@@ -58,6 +58,8 @@ _StrictLoader.yaml_constructors = {
 
 def shown(value: object) -> str:
     """Give `value` as a message shows it: quoted if text, and cut when long."""
+    if value is None or isinstance(value, bool):
+        return str({None: "null", True: "true", False: "false"}[value])
     try:
         text = repr(value)
     except ValueError:  # an int of more digits than Python agrees to print
@@ -173,21 +175,21 @@ def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
             return f"{path}is {shown(value)}: must be {expected}.{guess}"
         case "value_error":
             return f"{path}{context['error']}"
-    rule = _RULES.get(kind)
-    if rule is None:
-        bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt"}
-        signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-        bound = bounds.get(kind, "le")
-        rule = f"must be {signs[bound]} {context[bound]}" if bound in context else details["msg"]
-    return f"{path}is {shown(value)}: {rule}"
+        case "string_type" if isinstance(value, list | dict):
+            return f"{path}is {shown(value)}: must be text"
+    rule = _RULES.get(kind, details["msg"])
+    return f"{path}is {shown(value)}: {rule.format(**context)}"
 
 
 _RULES = {
     "bool_type": "must be true or false",
     "finite_number": "must be a finite number",
     "float_type": "must be a number",
+    "greater_than_equal": "must be >= {ge}",
     "int_from_float": "must be a whole number",
     "int_type": "must be a whole number",
+    "less_than": "must be < {lt}",
+    "less_than_equal": "must be <= {le}",
     "model_type": "must be a mapping",
     "string_type": "must be text; put it in quotes",
     "string_unicode": "must be Unicode text",
