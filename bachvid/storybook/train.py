@@ -1,0 +1,159 @@
+"""Train the storybook model: `python -m bachvid.storybook.train --work DIR STAGE`.
+
+Stages, in order: `clips` (render the world once), `vae`, `latents` (encode it once), `transformer`
+(with the text encoder), `judge`, `export`. Each goes on from its last checkpoint in DIR, logs to
+DIR/log.jsonl, and depends only on its seed and its number of steps, not on the clock; `--minutes`
+ends a call early, at a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import click
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from safetensors.torch import save_model
+
+from bachvid.storybook import model as storybook
+from bachvid.storybook.judge import WEIGHTS, JudgeNetwork
+from bachvid.storybook.train_judge import measure_judge, train_judge
+from bachvid.storybook.train_transformer import (
+    Latents,
+    TextToVideo,
+    encode_clips,
+    train_transformer,
+)
+from bachvid.storybook.train_vae import reconstruct, train_vae
+from bachvid.storybook.training import Clips, Settings, render_clips
+from bachvid.storybook.world import Difficulty
+
+_DECODED = 4_000  # clips that the judge sees as the autoencoder gives them back
+_HELD_OUT_SEED = 10_000_000
+
+
+@click.group()
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Checkpoints and log.")
+@click.option("--minutes", default=600.0, show_default=True, help="End this call after so long.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", default=0, help="torch threads; 0 leaves torch's own choice.")
+@click.pass_context
+def main(context: click.Context, work: Path, minutes: float, seed: int, threads: int) -> None:
+    """Train the storybook model, stage by stage."""
+    work.mkdir(parents=True, exist_ok=True)
+    if threads:
+        torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    context.obj = Settings(work, device, minutes, seed)
+
+
+def _clips(work: Path, difficulty: Difficulty) -> Clips:
+    return Clips(**torch.load(work / f"clips-{difficulty}.pt", mmap=True, weights_only=True))
+
+
+def _latents(work: Path, difficulty: Difficulty) -> Latents:
+    return Latents(**torch.load(work / f"latents-{difficulty}.pt", weights_only=True))
+
+
+def load_vae(work: Path) -> AutoencoderKLCogVideoX:
+    """Return the trained autoencoder, its average weights."""
+    vae = storybook.build_vae()
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["average"])
+    return vae.eval()
+
+
+@main.command()
+@click.option("--varied", default=20_000, show_default=True)
+@click.option("--easy", default=4_000, show_default=True)
+@click.pass_obj
+def clips(settings: Settings, varied: int, easy: int) -> None:
+    """Render the training clips."""
+    for difficulty, count in (("varied", varied), ("easy", easy)):
+        path = settings.work / f"clips-{difficulty}.pt"
+        if not path.exists():
+            torch.save(asdict(render_clips(settings.seed, count, difficulty)), path)
+
+
+@main.command()
+@click.option("--steps", default=3_000, show_default=True)
+@click.pass_obj
+def vae(settings: Settings, steps: int) -> None:
+    """Train the autoencoder."""
+    train_vae(_clips(settings.work, "varied"), settings, steps)
+
+
+@main.command()
+@click.pass_obj
+def latents(settings: Settings) -> None:
+    """Encode the training clips."""
+    autoencoder = load_vae(settings.work).to(settings.device)
+    for difficulty in ("varied", "easy"):
+        path = settings.work / f"latents-{difficulty}.pt"
+        if not path.exists():
+            encoded = encode_clips(autoencoder, _clips(settings.work, difficulty), settings.device)
+            torch.save(asdict(encoded), path)
+
+
+@main.command()
+@click.option("--steps", default=10_000, show_default=True)
+@click.option("--decay-steps", default=4_000, show_default=True)
+@click.option("--easy-steps", default=1_000, show_default=True)
+@click.pass_obj
+def transformer(settings: Settings, steps: int, decay_steps: int, easy_steps: int) -> None:
+    """Train the transformer and its text encoder."""
+    worlds = {name: _latents(settings.work, name) for name in ("easy", "varied")}
+    scale = float(1 / worlds["varied"].latent.std())
+    scaled = {name: replace(world, latent=world.latent * scale) for name, world in worlds.items()}
+    train_transformer(
+        lambda step: scaled["easy" if step < easy_steps else "varied"],
+        settings,
+        steps=steps,
+        decay_steps=decay_steps,
+    )
+
+
+@main.command()
+@click.option("--steps", default=2_500, show_default=True)
+@click.pass_obj
+def judge(settings: Settings, steps: int) -> None:
+    """Train the judge, and print its accuracy on clips that no stage has seen."""
+    clips = _clips(settings.work, "varied")
+    path = settings.work / "decoded.pt"
+    if not path.exists():
+        few = Clips(clips.frames[:_DECODED], clips.mask[:_DECODED], clips.labels[:_DECODED])
+        frames = reconstruct(load_vae(settings.work).to(settings.device), few.frames)
+        torch.save(asdict(replace(few, frames=frames)), path)
+    decoded = Clips(**torch.load(path, weights_only=True))
+    if not train_judge(clips, decoded, settings, steps):
+        return
+    network = JudgeNetwork()
+    network.load_state_dict(torch.load(settings.work / "judge.pt", weights_only=True)["average"])
+    held_out = render_clips(_HELD_OUT_SEED, 864, "varied")
+    click.echo(json.dumps(measure_judge(network.eval(), held_out, _HELD_OUT_SEED), indent=2))
+    WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
+    save_model(network.half(), WEIGHTS)
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default=storybook.WEIGHTS)
+@click.pass_obj
+def export(settings: Settings, out: Path) -> None:
+    """Write the averaged weights as a diffusers folder."""
+    text_to_video = TextToVideo()
+    state = torch.load(settings.work / "transformer.pt", weights_only=True)
+    text_to_video.load_state_dict(state["average"])
+    autoencoder = load_vae(settings.work)
+    scale = float(1 / _latents(settings.work, "varied").latent.std())
+    autoencoder.register_to_config(scaling_factor=scale)
+    storybook.save_storybook(
+        out,
+        vae=autoencoder,
+        transformer=text_to_video.transformer,
+        text_encoder=text_to_video.text_encoder,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Train the transformer of the storybook model, with its text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLCogVideoX
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
+from torch import Tensor, nn
+
+from bachvid.storybook import model as storybook
+from bachvid.storybook.training import Clips, Settings, Trainer, to_video, warm_then_decay
+from bachvid.storybook.world import ACTIONS, BACKGROUNDS, CHARACTERS
+
+_BATCH = 16
+_MASK_LAYERS = (2, 3, 4, 5)  # whose attention to the prompt is trained to find the character
+TOKEN_IS_CHARACTER = 0.3  # share of a token's pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Encoded clips: latent [N, F, C, h, w], token_mask [N, F, h, w] in 0..1, labels [N, 3]."""
+
+    latent: Tensor
+    token_mask: Tensor
+    labels: Tensor
+
+
+def pool_to_tokens(mask: Tensor) -> Tensor:
+    """Return the share of each token's pixels that is character: [N, F, H, W] to [N, f, h, w].
+
+    The first latent frame shows the first pixel frame, each later one the next TEMPORAL_RATIO.
+    """
+    pooled = F.avg_pool2d(mask.float(), storybook.SPATIAL_RATIO)
+    later = pooled[:, 1:].unflatten(1, (-1, storybook.TEMPORAL_RATIO)).mean(2)
+    return torch.cat([pooled[:, :1], later], dim=1)
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKLCogVideoX, clips: Clips, device: str) -> Latents:
+    """Encode clips once; the transformer is trained on the posterior's mean."""
+    latents = []
+    for frames in clips.frames.split(64):
+        with torch.autocast(device, torch.bfloat16):
+            latent = vae.encode(to_video(frames).to(device)).latent_dist.mean
+        latents.append(latent.float().permute(0, 2, 1, 3, 4).cpu())
+    masks = torch.cat([pool_to_tokens(mask) for mask in clips.mask.split(256)])
+    return Latents(torch.cat(latents), masks, clips.labels)
+
+
+class AuxiliaryProcessor:
+    """Attention as in diffusers, which also keeps its logits of text tokens for the mask loss."""
+
+    def __init__(self, keeps: bool) -> None:
+        self.keeps = keeps
+        self.text_logits: Tensor | None = None  # [B, heads, video tokens, text tokens]
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend; the arguments' names are diffusers', which inspects them."""
+        text = encoder_hidden_states.shape[1]
+        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        query, key, value = (
+            project(joint).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key = (
+            torch.cat([x[:, :, :text], apply_rotary_emb(x[:, :, text:], image_rotary_emb)], dim=2)
+            for x in (query, key)
+        )
+        if self.keeps:
+            scale = query.shape[-1] ** -0.5
+            self.text_logits = (query[:, :, text:] @ key[:, :, :text].mT).float() * scale
+        out = F.scaled_dot_product_attention(query, key, value.to(query.dtype))
+        out = attn.to_out[0](out.transpose(1, 2).flatten(2).to(joint.dtype))
+        return out[:, text:], out[:, :text]
+
+
+class TextToVideo(nn.Module):
+    """The transformer with its text encoder, trained together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = storybook.build_transformer()
+        tokenizer = storybook.build_tokenizer()
+        self.text_encoder = storybook.build_text_encoder(len(tokenizer))
+        self.processors = [
+            AuxiliaryProcessor(layer in _MASK_LAYERS) for layer in range(storybook.NUM_LAYERS)
+        ]
+        for block, processor in zip(
+            self.transformer.transformer_blocks, self.processors, strict=True
+        ):
+            block.attn1.set_processor(processor)
+        cos, sin = get_3d_rotary_pos_embed(
+            embed_dim=self.transformer.config.attention_head_dim,
+            crops_coords=((0, 0), (storybook.LATENT_SIZE, storybook.LATENT_SIZE)),
+            grid_size=(storybook.LATENT_SIZE, storybook.LATENT_SIZE),
+            temporal_size=storybook.LATENT_FRAMES,
+        )
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, latent: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
+        """Predict v [B, F, C, h, w] of noised latents."""
+        text = self.text_encoder(ids)[0]
+        rotary = (self.cos, self.sin)
+        return self.transformer(latent, text, timestep, image_rotary_emb=rotary, return_dict=False)[
+            0
+        ]
+
+    def mask_loss(self, spans: Tensor, token_mask: Tensor) -> Tensor:
+        """Push each mask layer's attention to tell character from background tokens.
+
+        spans bool [B, 2, T]: the text tokens of background and character; token_mask [B, N].
+        Per head, the difference of the two parts' log-mean-exp logits; its head mean is a logit.
+        """
+        losses = []
+        for processor in self.processors:
+            if processor.text_logits is None:
+                continue
+            logits = processor.text_logits
+            background, character = (
+                torch.logsumexp(logits.masked_fill(~spans[:, part, None, None], -torch.inf), dim=-1)
+                - spans[:, part].sum(-1).log()[:, None, None]
+                for part in (0, 1)
+            )
+            losses.append(
+                F.binary_cross_entropy_with_logits(
+                    (character - background).mean(1),
+                    (token_mask >= TOKEN_IS_CHARACTER).float(),
+                    pos_weight=torch.tensor(2.0, device=logits.device),
+                )
+            )
+            processor.text_logits = None
+        return torch.stack(losses).mean()
+
+
+class Prompts:
+    """Token ids and spans of every caption, with parts left out for guidance and robustness."""
+
+    def __init__(self) -> None:
+        self.tokenizer = storybook.build_tokenizer()
+        self._cache: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def encode(self, labels: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Return ids [T] and spans bool [2, T]; a label of -1 leaves its part out."""
+        if labels not in self._cache:
+            words = zip((BACKGROUNDS, CHARACTERS, ACTIONS), labels, strict=True)
+            parts = [phrases[i] if i >= 0 else "" for phrases, i in words]
+            text = ", ".join(part for part in parts if part)
+            encoded = self.tokenizer(
+                text, padding="max_length", return_offsets_mapping=True, return_tensors="pt"
+            )
+            spans = torch.zeros(2, storybook.TEXT_TOKENS, dtype=torch.bool)
+            for row, part in enumerate(parts[:2]):
+                start = text.index(part)
+                for token, (left, right) in enumerate(encoded["offset_mapping"][0].tolist()):
+                    spans[row, token] = bool(part) and start <= left < right <= start + len(part)
+            self._cache[labels] = encoded["input_ids"][0], spans
+        return self._cache[labels]
+
+    def batch(self, labels: Iterable[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+        """Return ids [B, T] and spans [B, 2, T]."""
+        encoded = [self.encode(label) for label in labels]
+        return torch.stack([ids for ids, _ in encoded]), torch.stack([span for _, span in encoded])
+
+
+def _drop_parts(labels: Tensor, generator: torch.Generator) -> list[tuple[int, int, int]]:
+    """Leave out the whole prompt of 8 % of a batch, and one part of another 8 %."""
+    chance = torch.rand(len(labels), generator=generator)
+    which = torch.randint(3, (len(labels),), generator=generator)
+    kept = labels.clone()
+    kept[chance < 0.08] = -1
+    one = (chance >= 0.08) & (chance < 0.16)
+    kept[one.nonzero()[:, 0], which[one]] = -1
+    return [(row[0], row[1], row[2]) for row in kept.tolist()]
+
+
+def train_transformer(
+    latents: Callable[[int], Latents],
+    settings: Settings,
+    *,
+    steps: int,
+    decay_steps: int,
+) -> bool:
+    """Train transformer and text encoder. `latents` gives the clips to learn from at a step."""
+    torch.manual_seed(settings.seed)
+    model = TextToVideo().to(settings.device)
+    blocks = model.transformer.transformer_blocks
+    matrices = [
+        p
+        for name, p in blocks.named_parameters()
+        if p.ndim == 2 and (".attn1." in name or ".ff." in name)
+    ]
+    text = [*model.text_encoder.parameters(), *model.transformer.patch_embed.text_proj.parameters()]
+    taken = {id(p) for p in (*matrices, *text)}
+    others = [p for p in model.parameters() if id(p) not in taken]
+    trainer = Trainer(
+        settings,
+        "transformer",
+        model,
+        [
+            torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01),
+            torch.optim.AdamW(
+                [{"params": text, "lr": 3e-3}, {"params": others, "lr": 1.5e-3}],
+                betas=(0.9, 0.98),
+                weight_decay=0.01,
+            ),
+        ],
+    )
+    for block in blocks:
+        block.compile()
+    scheduler = storybook.build_scheduler()
+    prompts = Prompts()
+
+    def noised(clean: Tensor, timestep: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            scheduler.add_noise(clean, noise, timestep).to(settings.device),
+            scheduler.get_velocity(clean, noise, timestep).to(settings.device),
+        )
+
+    def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        data = latents(step)
+        rows = torch.randint(len(data.latent), (_BATCH,), generator=generator)
+        stratum = (torch.arange(_BATCH) + torch.rand(_BATCH, generator=generator)) / _BATCH
+        timestep = (2 * stratum / (1 + stratum) * 1000).long().clamp(0, 999)  # towards noise
+        clean, share = data.latent[rows], data.token_mask[rows]
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy, velocity = noised(clean, timestep, noise)
+        kept = _drop_parts(data.labels[rows], generator)
+        ids, spans = (x.to(settings.device) for x in prompts.batch(kept))
+        with torch.autocast(settings.device, torch.bfloat16):
+            predicted = model(noisy, timestep.to(settings.device), ids).float()
+        near = F.max_pool2d((share > 0.2).float(), 3, 1, 1)
+        weight = (1 + 5 * near)[:, :, None].to(settings.device)
+        denoising = (weight * (predicted - velocity).square()).mean() / weight.mean()
+        whole = torch.tensor([b >= 0 and c >= 0 for b, c, _ in kept], device=settings.device)
+        token_mask = share.flatten(1).to(settings.device)
+        for processor in model.processors:
+            if processor.text_logits is not None:
+                processor.text_logits = processor.text_logits[whole]
+        mask = model.mask_loss(spans[whole], token_mask[whole])
+        return {"loss": denoising + 0.1 * mask, "denoising": denoising, "mask": mask}
+
+    @torch.no_grad()
+    def inspect(step: int) -> None:
+        """Log how much the loss at t = 900 rises when one part of the prompt is another's."""
+        data = latents(step)
+        generator = torch.Generator().manual_seed(1)
+        rows = torch.randint(len(data.latent), (48,), generator=generator)
+        clean = data.latent[rows]
+        noise = torch.randn(clean.shape, generator=generator)
+        timestep = torch.full((len(rows),), 900)
+        noisy, velocity = noised(clean, timestep, noise)
+        rise: dict[str, float] = {}
+        reference = 0.0
+        for part, name in enumerate(("right", "background", "character", "action")):
+            labels = data.labels[rows].clone()
+            if part:
+                labels[:, part - 1] = (labels[:, part - 1] + 1) % len(ACTIONS)
+            ids, _ = prompts.batch([(a, b, c) for a, b, c in labels.tolist()])
+            with torch.autocast(settings.device, torch.bfloat16):
+                predicted = model(noisy, timestep.to(settings.device), ids.to(settings.device))
+            loss = float((predicted.float() - velocity).square().mean())
+            rise[name] = round(loss - reference, 4)
+            reference = loss if part == 0 else reference
+        for processor in model.processors:
+            processor.text_logits = None
+        trainer.log(step=step, swapped="rise of the loss at t 900", **rise)
+
+    def rate_at(step: int) -> float:
+        return warm_then_decay(step, warm=60, steps=steps, decay_steps=decay_steps)
+
+    return trainer.run(
+        loss_at,
+        steps=steps,
+        rate_at=rate_at,
+        average_decay=0.998,
+        inspect=inspect,
+        inspect_every=250,
+    )
