@@ -14,6 +14,7 @@ line says. Done videos are never written again. Knows no model and imports no to
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -52,7 +53,7 @@ class VideoRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     cache_bytes: int = 0
     recoveries: Sequence[str] = ()
-    bachvid: str = ""
+    made_with: Mapping[str, str] = field(default_factory=dict)  # versions and device
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +145,11 @@ class RunDirectory:
                 self._failures = dict(contents.failures)
             else:
                 self._records, self._failures = {}, {}
-            self._journal = (path / JOURNAL).open("ab")
-            self._journal.truncate(size)  # a line that a crash tore is no line
+            # Without a buffer: after an error nothing half written can follow later.
+            self._journal = (path / JOURNAL).open("ab", buffering=0)
+            if self._journal.seek(0, os.SEEK_END) > size:
+                self._journal.truncate(size)  # a line that a crash tore is no line
+            self._size = size
             if not lines:
                 self._append({"event": "run", **asdict(header)})
                 _sync_folder(path)
@@ -209,11 +213,10 @@ class RunDirectory:
         self._append({"event": "failed", "scene": scene, "video": video, "error": error})
         self._failures[scene, video] = error
 
-    def write_manifest(self, extra: Mapping[str, JsonValue]) -> None:
-        """Write `manifest.json` from the journal, with `extra` beside it."""
+    def write_manifest(self) -> None:
+        """Write `manifest.json`: what the journal says, without what was overtaken."""
         manifest: JsonObject = {
             **asdict(self.header),
-            **extra,
             "videos": [asdict(record) for record in self._records.values()],
             "failed": [
                 {"scene": scene, "video": video, "error": error}
@@ -232,9 +235,15 @@ class RunDirectory:
         return expected is not None and path.is_file() and content_sha256(path) == expected
 
     def _append(self, line: Mapping[str, object]) -> None:
-        self._journal.write(json.dumps(line, sort_keys=True).encode() + b"\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        data = json.dumps(line, sort_keys=True).encode() + b"\n"
+        try:
+            if self._journal.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / JOURNAL))
+            os.fsync(self._journal.fileno())
+        except OSError:
+            self._journal.truncate(self._size)  # the next line must not continue this one
+            raise
+        self._size += len(data)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -223,7 +223,7 @@ def write_sheet(path: Path, *, title: str, subtitle: str, rows: Sequence[SheetRo
 
     Long videos are shown by evenly spaced frames, at most seven; small tiles are enlarged.
     """
-    shown = [_tiles_to_show(row.tiles) for row in rows]
+    shown = [sheet_tiles(row.tiles) for row in rows]
     tile_height, tile_width = shown[0].shape[1:3]
     columns = max(len(tiles) for tiles in shown)
     big, small = ImageFont.load_default(18), ImageFont.load_default(13)
@@ -255,7 +255,8 @@ def _to_pixels(values: NDArray[np.floating]) -> Frames:
     return pixels
 
 
-def _tiles_to_show(tiles: Frames) -> Frames:
+def sheet_tiles(tiles: Frames) -> Frames:
+    """Return what a sheet shows of a clip; of its own result it returns all."""
     if len(tiles) > _MAX_COLUMNS:
         tiles = tiles[np.linspace(0, len(tiles) - 1, _MAX_COLUMNS).round().astype(int)]
     height = tiles.shape[1]

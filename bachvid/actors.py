@@ -1,0 +1,252 @@
+"""The roles that render: one worker holds a model, an identity actor and a frame actor use it.
+
+Plain classes: they know no run directory, no order of work and no Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bachvid.attention import RunContext
+from bachvid.cache import IdentityCache, MemoryKVStore
+from bachvid.config import RenderConfig, config_hash
+from bachvid.errors import WorkerError
+from bachvid.events import Phase
+from bachvid.facts import ModelFacts
+from bachvid.methods import build_method
+from bachvid.methods.base import MethodControl
+from bachvid.methods.injection import InjectedTokens
+from bachvid.methods.masks import MaskRecovery
+from bachvid.models.base import load_model
+from bachvid.plan import VideoPlan
+from bachvid.prompts import Prompt, PromptTokenizer, TokenizedPrompt
+from bachvid.sampling import denoise
+from bachvid.video import Foreground, Frames
+
+OnStep = Callable[[Phase, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class MatchedTokens:
+    """For every frame token its identity token, and whether it saw that token's keys."""
+
+    index_N: NDArray[np.int64]
+    used: Foreground
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedVideo:
+    """One video and what became known about it; `foreground` is in tokens, the rest in pixels."""
+
+    frames: Frames
+    foreground: Foreground
+    matched: MatchedTokens | None
+    latents_sha256: str
+    frames_sha256: str
+    seconds: Mapping[str, float]
+    recoveries: tuple[str, ...]
+    cache_bytes: int
+
+
+class ModelWorker:
+    """One process's model, method and token layout, for both roles.
+
+    `model.threads` is set for the whole process: torch knows one number of threads only.
+    Raises ConfigError or ModelSupportError if the model cannot be loaded.
+    """
+
+    def __init__(self, config: RenderConfig, facts: ModelFacts) -> None:
+        if config.model.threads is not None:
+            torch.set_num_threads(config.model.threads)
+        self.config = config
+        self.facts = facts
+        self.model = load_model(config.model, facts)
+        self.method = build_method(config.method, config_hash=config_hash(config))
+        self.layout = self.model.layout(config.video)
+        self._embeds: dict[str, Tensor] = {}
+        self._tokenizer: PromptTokenizer | None = None
+
+    @property
+    def device(self) -> str:
+        """What the model runs on, for the manifest."""
+        device = self.model.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    def encode(self, prompts: Sequence[Prompt]) -> None:
+        """Keep the embeddings of `prompts` and of the negative prompt; drop the text encoder."""
+        negative = Prompt(self.config.sampling.negative_prompt)
+        texts = {prompt.text: prompt for prompt in (negative, *prompts)}
+        embeds_PTC = self.model.encode_prompts(list(texts.values()))
+        self._embeds = dict(zip(texts, torch.split(embeds_PTC, 1), strict=True))
+        self.model.free_text_encoder()
+
+    def new_run(self) -> RunContext:
+        """Return the context of one video, before its first step."""
+        return RunContext(layout=self.layout, rotary=self.model.rotary(self.config.video))
+
+    def tokenize(self, video: VideoPlan) -> TokenizedPrompt:
+        """Return the tokens of a video's prompt, from the plan where it has them."""
+        if video.tokens is not None:
+            return video.tokens
+        self._tokenizer = self._tokenizer or PromptTokenizer.load(
+            self.facts, revision=self.config.model.revision
+        )
+        return self._tokenizer.tokenize(video.prompt)
+
+    def denoise(
+        self,
+        run: RunContext,
+        video: VideoPlan,
+        control: MethodControl,
+        *,
+        phase: Phase,
+        on_step: OnStep,
+    ) -> Tensor:
+        """Denoise one video from its seed; a pre-pass ends at the mask step."""
+        stop_after = self.config.method.mask_step if phase == "pre_pass" else None
+        return denoise(
+            self.model,
+            run,
+            prompt_embeds=self._embeds[video.prompt.text],
+            negative_embeds=self._embeds[self.config.sampling.negative_prompt],
+            noise=self.model.initial_noise(video.seed, self.config.video),
+            noise_seed=video.seed,
+            sampling=self.config.sampling,
+            control=control,
+            stop_after=stop_after,
+            on_step=lambda step: on_step(phase, step),
+        )
+
+    def finish(
+        self,
+        latents: Tensor,
+        control: MethodControl,
+        *,
+        seconds: dict[str, float],
+        cache_bytes: int,
+    ) -> RenderedVideo:
+        """Decode the latents of a video and put together what is known about it."""
+        with _timed(seconds, "decode"):
+            frames = self.model.decode(latents)
+        seen = control.observation
+        return RenderedVideo(
+            frames=frames,
+            foreground=seen.foreground.mask_N.cpu().numpy().reshape(self.layout.grid),
+            matched=_matched_tokens(control.injected, self.layout.grid),
+            latents_sha256=_latents_sha256(latents),
+            frames_sha256=array_sha256(frames),
+            seconds=seconds,
+            recoveries=tuple(_recovery_text(recovery) for recovery in seen.recoveries),
+            cache_bytes=cache_bytes,
+        )
+
+
+class IdentityVideoActor:
+    """Renders the identity video of a scene and records what its frame videos need."""
+
+    def __init__(self, worker: ModelWorker) -> None:
+        self._worker = worker
+
+    def render(
+        self, scene: str, video: VideoPlan, *, on_step: OnStep
+    ) -> tuple[RenderedVideo, IdentityCache]:
+        """Render the video. Raises WorkerError, naming video and step, whatever went wrong."""
+        worker, store, seconds = self._worker, MemoryKVStore(), dict[str, float]()
+        run = worker.new_run()
+        with _blamed(scene, video, run):
+            control = worker.method.identity_control(run, worker.tokenize(video), store)
+            with _timed(seconds, "main_run"):
+                latents = worker.denoise(run, video, control, phase="main_run", on_step=on_step)
+            rendered = worker.finish(latents, control, seconds=seconds, cache_bytes=store.nbytes)
+            return rendered, control.cache(video.seed)
+
+
+class FrameVideoActor:
+    """Renders frame videos, each from the identity cache of its scene."""
+
+    def __init__(self, worker: ModelWorker) -> None:
+        self._worker = worker
+
+    def render(
+        self, scene: str, video: VideoPlan, cache: IdentityCache, *, on_step: OnStep
+    ) -> RenderedVideo:
+        """Render the video. Raises WorkerError, naming video and step, whatever went wrong."""
+        worker, seconds = self._worker, dict[str, float]()
+        run = worker.new_run()
+        with _blamed(scene, video, run):
+            prompt = worker.tokenize(video)
+            pre_pass = worker.method.pre_pass_control(run, prompt, cache)
+            observation = None
+            if pre_pass is not None:
+                with _timed(seconds, "pre_pass"):
+                    worker.denoise(run, video, pre_pass, phase="pre_pass", on_step=on_step)
+                    observation = pre_pass.observation
+            with _timed(seconds, "main_run"):  # matching belongs to it
+                control = worker.method.frame_control(run, prompt, cache, observation)
+                latents = worker.denoise(run, video, control, phase="main_run", on_step=on_step)
+            return worker.finish(latents, control, seconds=seconds, cache_bytes=cache.store.nbytes)
+
+
+def array_sha256(array: NDArray[np.uint8]) -> str:
+    """Hash an array's shape, type and bytes."""
+    digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _latents_sha256(latents: Tensor) -> str:
+    """Hash latents; by their bytes, because NumPy has no bfloat16."""
+    digest = hashlib.sha256(f"{latents.dtype} {tuple(latents.shape)}".encode())
+    digest.update(latents.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _matched_tokens(
+    injected: InjectedTokens | None, grid: tuple[int, int, int]
+) -> MatchedTokens | None:
+    if injected is None:
+        return None
+    index_N = np.zeros(grid, dtype=np.int64).ravel()
+    used_N = np.zeros(index_N.shape, dtype=np.bool_)
+    positions_Q = injected.foreground_positions_Q.cpu().numpy()
+    index_N[positions_Q] = injected.identity_index_Q.cpu().numpy()
+    used_N[positions_Q] = True
+    return MatchedTokens(index_N, used_N.reshape(grid))
+
+
+def _recovery_text(recovery: MaskRecovery) -> str:
+    text = f"step {recovery.step}: the foreground mask was {recovery.found}; "
+    if recovery.remedy == "quantile":
+        return f"{text}taken again above the score {recovery.threshold:.3g}"
+    return f"{text}only the background was injected"
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - start, 3)
+
+
+@contextmanager
+def _blamed(scene: str, video: VideoPlan, run: RunContext) -> Iterator[None]:
+    """Name video and step in whatever goes wrong: here a process may end.
+
+    A step callback that cancels raises no Exception, but a BaseException, and passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip() or "no reason given"
+        raise WorkerError(
+            f"{scene}/{video.id} failed at step {run.step}: {type(error).__name__}: {reason}"
+        ) from error

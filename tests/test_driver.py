@@ -1,0 +1,319 @@
+"""StoryRenderer on a tiny model: what is rendered, kept, refused and continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bachvid.actors import ModelWorker, array_sha256
+from bachvid.config import RenderConfig
+from bachvid.driver import Done, Event, Failed, FrameStep, IdentityStep, Published, StoryRenderer
+from bachvid.errors import ConfigError
+from bachvid.plan import render_plan
+from bachvid.prompts import Prompt
+from bachvid.rundir import read_run
+from bachvid.sampling import denoise
+from bachvid.story import Story
+
+STORY = Story.model_validate(
+    {
+        "title": "Two scenes",
+        "seed": 1,
+        "scenes": [
+            {
+                "id": "forest",
+                "background": "a snowy forest",
+                "character": "a girl with a yellow coat",
+                "identity": "reads",
+                "actions": ["jumps", "waves"],
+            },
+            {
+                "id": "sea",
+                "background": "the sea at night",
+                "character": "a small robot",
+                "actions": ["runs"],
+            },
+        ],
+    }
+)
+VIDEOS = {
+    ("forest", "identity"),
+    ("forest", "jumps"),
+    ("forest", "waves"),
+    ("sea", "identity"),
+    ("sea", "runs"),
+}
+
+
+def settings(folder: Path, *overrides: str) -> RenderConfig:
+    return RenderConfig.from_yaml(
+        None,
+        [
+            f"model.id={folder}",
+            "model.threads=1",
+            "sampling.num_steps=2",
+            "method.mask_step=1",
+            "method.inject_steps=[0, 2]",
+            "output.min_height=32",
+            *overrides,
+        ],
+    )
+
+
+def render(folder: Path, out: Path, *overrides: str) -> list[Event]:
+    with StoryRenderer(settings(folder, *overrides), out) as renderer:
+        return list(renderer.stream(STORY))
+
+
+def hashes(out: Path) -> dict[tuple[str, str], tuple[str, str]]:
+    records = read_run(out).records
+    return {key: (r.latents_sha256, r.frames_sha256) for key, r in records.items()}
+
+
+def kinds(events: Sequence[Event], kind: type[Event]) -> list[tuple[str, str]]:
+    return [(event.scene, event.video) for event in events if isinstance(event, kind)]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_cogvideox_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Event]]:
+    """A finished run, not to be changed, and the events of rendering it."""
+    out = tmp_path_factory.mktemp("driver") / "run"
+    return out, render(tiny_cogvideox_folder, out)
+
+
+@pytest.fixture
+def run(finished: tuple[Path, list[Event]], tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+def test_every_video_is_rendered_and_told_of(finished: tuple[Path, list[Event]]) -> None:
+    out, events = finished
+    assert set(kinds(events, Done)) == VIDEOS
+    assert not kinds(events, Failed)
+    forest = [event for event in events if event.scene == "forest"]
+    assert [e.step for e in forest if isinstance(e, IdentityStep)] == [0, 1]
+    jumps = [e for e in forest if isinstance(e, FrameStep) and e.video == "jumps"]
+    assert [(e.phase, e.step, e.num_steps) for e in jumps] == [
+        ("pre_pass", 0, 2),
+        ("pre_pass", 1, 2),
+        ("main_run", 0, 2),
+        ("main_run", 1, 2),
+    ]
+    published = [e for e in events if isinstance(e, Published)]
+    # 72 tokens, 2 x 16 channels, fp32, keys and values, 3 layers, 2 branches, 2 steps.
+    assert [e.cache_bytes for e in published] == [72 * 32 * 4 * 2 * 3 * 2 * 2] * 2
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert {(v["scene"], v["video"]) for v in manifest["videos"]} == VIDEOS
+    assert manifest["videos"][0]["made_with"]["device"] == "cpu"
+
+
+def test_every_file_of_a_run_is_there(finished: tuple[Path, list[Event]]) -> None:
+    out, _ = finished
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert found == {
+        ".lock",
+        "journal.jsonl",
+        "manifest.json",
+        *(f"{scene}/contact-sheet.png" for scene in ("forest", "sea")),
+        *(f"{scene}/{video}.mp4" for scene, video in VIDEOS),
+        *(f"{scene}/masks/{video}.npz" for scene, video in VIDEOS),
+        *(f"{scene}/overlays/{video}.mask.png" for scene, video in VIDEOS),
+        *(f"{s}/overlays/{v}.match.png" for s, v in VIDEOS if v != "identity"),
+    }
+
+
+def test_a_finished_run_is_left_alone_and_needs_no_model(
+    run: Path, tiny_cogvideox_folder: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.suffix != ".json"}
+    events = render(tiny_cogvideox_folder, run)
+    assert [type(event) for event in events] == [Done] * 5
+    assert all(event.is_resumed for event in events if isinstance(event, Done))
+    assert {path: path.stat().st_mtime_ns for path in before if path.name != ".lock"} == {
+        path: time for path, time in before.items() if path.name != ".lock"
+    }
+
+
+def test_only_a_lost_file_is_written_again(run: Path, tiny_cogvideox_folder: Path) -> None:
+    expected, kept = hashes(run), (run / "forest" / "overlays" / "waves.mask.png")
+    (run / "forest" / "waves.mp4").unlink()
+    before = kept.stat().st_mtime_ns
+    events = render(tiny_cogvideox_folder, run)
+    assert [e.video for e in events if isinstance(e, Done) and not e.is_resumed] == ["waves"]
+    assert {e.video for e in events if isinstance(e, FrameStep)} == {"waves"}
+    assert hashes(run) == expected
+    assert kept.stat().st_mtime_ns == before
+    assert (run / "forest" / "waves.mp4").exists()
+
+
+def test_frames_can_be_added_to_a_finished_run(run: Path, tiny_cogvideox_folder: Path) -> None:
+    expected = hashes(run)
+    before = (run / "sea" / "runs.mp4").stat().st_mtime_ns
+    render(tiny_cogvideox_folder, run, "output.frames=true")
+    assert hashes(run) == expected
+    assert (run / "sea" / "runs.mp4").stat().st_mtime_ns == before
+    for (scene, video), (_, digest) in expected.items():
+        with np.load(run / scene / "frames" / f"{video}.npz") as arrays:
+            assert arrays["frames"].shape == (5, 32, 48, 3)
+            assert arrays["foreground"].shape == (5, 32, 48)
+            assert arrays["foreground"].dtype == np.bool_
+            assert array_sha256(arrays["frames"]) == digest
+        with np.load(run / scene / "masks" / f"{video}.npz") as arrays:
+            assert arrays["foreground"].shape == (3, 4, 6)
+
+
+def test_a_failed_video_does_not_fail_its_siblings(run: Path, tiny_cogvideox_folder: Path) -> None:
+    """`jumps` comes out different from its journal, which is a failure like any other."""
+    journal = run / "journal.jsonl"
+    real = read_run(run).records["forest", "jumps"].latents_sha256
+    journal.write_text(journal.read_text().replace(real, "0" * 64))
+    for video in ("jumps", "waves"):
+        (run / "forest" / f"{video}.mp4").unlink()
+    events = render(tiny_cogvideox_folder, run)
+    assert kinds(events, Failed) == [("forest", "jumps")]
+    failed = next(event for event in events if isinstance(event, Failed))
+    assert "forest/jumps does not come out as it did before" in failed.error
+    assert [e.video for e in events if isinstance(e, Done) and not e.is_resumed] == ["waves"]
+    assert set(read_run(run).failures) == {("forest", "jumps")}
+
+
+def test_a_failed_identity_fails_only_its_scene(run: Path, tiny_cogvideox_folder: Path) -> None:
+    journal = run / "journal.jsonl"
+    real = read_run(run).records["forest", "identity"].latents_sha256
+    journal.write_text(journal.read_text().replace(real, "0" * 64))
+    for path in (run / "forest" / "jumps.mp4", run / "sea" / "runs.mp4"):
+        path.unlink()
+    events = render(tiny_cogvideox_folder, run)
+    assert kinds(events, Failed) == [("forest", "jumps")]
+    assert ("sea", "runs") in kinds(events, Done)
+
+
+def test_another_config_is_refused(run: Path, tiny_cogvideox_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sampling\.num_steps was 2, is 3"):
+        render(tiny_cogvideox_folder, run, "sampling.num_steps=3")
+
+
+@pytest.mark.parametrize("num_events", [6, 14])
+def test_a_cancelled_render_goes_on_to_the_same_videos(
+    finished: tuple[Path, list[Event]],
+    tiny_cogvideox_folder: Path,
+    tmp_path: Path,
+    num_events: int,
+) -> None:
+    events = []
+    with StoryRenderer(settings(tiny_cogvideox_folder), tmp_path) as renderer:
+        for event in renderer.stream(STORY):
+            events.append(event)
+            if len(events) == num_events:
+                renderer.cancel()
+        assert renderer.is_cancelled
+    steps = [e for e in events[num_events:] if isinstance(e, IdentityStep | FrameStep)]
+    assert len(steps) <= 1  # the step that ran
+    assert len(kinds(events, Done)) < 5
+    assert set(read_run(tmp_path).records) == set(kinds(events, Done))
+    render(tiny_cogvideox_folder, tmp_path)
+    assert hashes(tmp_path) == hashes(finished[0])
+
+
+def test_leaving_the_stream_stops_the_render(tiny_cogvideox_folder: Path, tmp_path: Path) -> None:
+    with StoryRenderer(settings(tiny_cogvideox_folder), tmp_path) as renderer:
+        for event in renderer.stream(STORY):
+            if isinstance(event, IdentityStep):
+                break
+    assert len(read_run(tmp_path).records) == 0
+    with StoryRenderer(settings(tiny_cogvideox_folder), tmp_path) as renderer:
+        next(renderer.stream(STORY))  # the lock is free
+
+
+def test_method_none_is_the_model_alone(
+    finished: tuple[Path, list[Event]], tiny_cogvideox_folder: Path, tmp_path: Path
+) -> None:
+    render(tiny_cogvideox_folder, tmp_path, "method.name=none")
+    assert not list(tmp_path.rglob("*.match.png"))
+    ours, vanilla = hashes(finished[0]), hashes(tmp_path)
+    unchanged = {video for video in VIDEOS if ours[video] == vanilla[video]}
+    assert unchanged == {("forest", "identity"), ("sea", "identity")}
+
+    plan = render_plan(STORY, settings(tiny_cogvideox_folder, "method.name=none"))
+    worker = ModelWorker(plan.config, plan.facts)
+    video = plan.scenes[0].frames[0]
+    latents = denoise(
+        worker.model,
+        worker.new_run(),
+        prompt_embeds=worker.model.encode_prompts([video.prompt]),
+        negative_embeds=worker.model.encode_prompts([Prompt("")]),
+        noise=worker.model.initial_noise(video.seed, plan.config.video),
+        noise_seed=video.seed,
+        sampling=plan.config.sampling,
+    )
+    frames = worker.model.decode(latents)
+    assert vanilla["forest", "jumps"][1] == array_sha256(frames)
+
+
+def test_the_driver_imports_no_torch() -> None:
+    code = (
+        "import sys, bachvid.driver; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+# Importing torch takes longer than rendering: it is done once, and every attempt is a fork of it.
+KILLER = """
+import os, random, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import bachvid.actors, diffusers
+from test_driver import STORY, StoryRenderer, settings
+
+chance = random.Random(int(sys.argv[4]))
+kills = 0
+while True:
+    child = os.fork()
+    if child == 0:
+        with StoryRenderer(settings(Path(sys.argv[2])), Path(sys.argv[3])) as renderer:
+            for event in renderer.stream(STORY):
+                pass
+        os._exit(0)
+    # Longer every time: a slow machine must get through at last.
+    end = time.monotonic() + chance.uniform(0.1, 1.0) * (1 + kills)
+    while time.monotonic() < end and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.002)
+    else:
+        if time.monotonic() < end:
+            break
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+print(kills)
+"""
+
+
+def test_killed_at_any_moment_the_videos_are_the_same(
+    finished: tuple[Path, list[Event]], tiny_cogvideox_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", KILLER, str(Path(__file__).parent)]
+    found = subprocess.run(
+        [*command, str(tiny_cogvideox_folder), str(out), "0"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert int(found.stdout.split()[-1]) >= 2
+    assert hashes(out) == hashes(finished[0])
+    assert not list(out.rglob("*.tmp"))
+    rows = [json.loads(row) for row in (out / "journal.jsonl").read_text().splitlines()]
+    assert sorted((row["scene"], row["video"]) for row in rows[1:]) == sorted(VIDEOS)
