@@ -192,7 +192,8 @@ def _load_with_transformers(
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelSupportError(
-            f"the tokenizer of {facts.name} cannot be loaded: {reason}"
+            f"the tokenizer of {facts.name} cannot be loaded: {reason} (a spiece.model needs "
+            f"sentencepiece, which comes with `pip install bachvid[gpu]`)"
         ) from None
 
     def encode(text: str) -> tuple[list[int], list[tuple[int, int]], list[int]]:

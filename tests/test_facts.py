@@ -1,0 +1,147 @@
+"""Model facts: what the published models and folders are said to be."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from json_models import VOCABULARY, write_json_model
+
+from bachvid.config import ModelConfig
+from bachvid.errors import BachvidError, ConfigError, ModelSupportError
+from bachvid.facts import PUBLISHED, ModelFacts, load_facts
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_json_model(tmp_path / "small", with_vocabulary=True)
+
+
+def load(model_id: str | Path) -> ModelFacts:
+    return load_facts(ModelConfig(id=str(model_id)))
+
+
+@pytest.mark.parametrize("owner", ["THUDM", "zai-org"])
+def test_cogvideox_5b_is_known_without_the_network(owner: str) -> None:
+    facts = load(f"{owner}/CogVideoX-5b")
+    assert (facts.num_layers, facts.num_heads, facts.head_dim) == (42, 48, 64)
+    assert (facts.text_tokens, facts.text_dim, facts.has_rope) == (226, 4096, True)
+    assert facts.grid(49, 480, 720) == (13, 30, 45)
+    assert facts.defaults.dtype == "bfloat16"
+    assert facts.folder is None
+
+
+@pytest.mark.parametrize("owner", ["THUDM", "zai-org"])
+def test_cogvideox_2b_is_known_without_the_network(owner: str) -> None:
+    facts = load(f"{owner}/CogVideoX-2b")
+    assert (facts.num_layers, facts.num_heads, facts.head_dim) == (30, 30, 64)
+    assert (facts.text_tokens, facts.has_rope, facts.defaults.dtype) == (226, False, "float16")
+    assert facts.grid(49, 480, 720) == (13, 30, 45)
+
+
+def test_the_layers_of_the_5b_are_those_published_counted_from_0() -> None:
+    published_vital = [1, 2, 12, 13, 14, 15, 16, 18, 20, 21, 22, 24, 30, 35, 42]
+    for profile in PUBLISHED["THUDM/CogVideoX-5b"].profiles.values():
+        assert profile.vital_layers == tuple(layer - 1 for layer in published_vital)
+        assert profile.mask_layers == tuple(range(5, 20))
+        assert profile.match_layers == tuple(range(1, 16))
+
+
+@pytest.mark.parametrize("model_id", sorted(PUBLISHED))
+def test_every_layer_of_a_profile_exists(model_id: str) -> None:
+    facts = load(model_id)
+    for profile in facts.profiles.values():
+        for layers in (profile.vital_layers, profile.mask_layers, profile.match_layers):
+            assert layers == tuple(sorted(set(layers)))
+            assert 0 <= layers[0] <= layers[-1] < facts.num_layers
+
+
+def test_the_2b_takes_layers_from_first_to_last() -> None:
+    layers = load("THUDM/CogVideoX-2b").profiles["paper"].vital_layers
+    assert (layers[0], layers[-1]) == (0, 29)
+
+
+def test_a_folder_is_read_from_its_json_files(folder: Path) -> None:
+    facts = load(folder)
+    assert (facts.name, facts.folder) == ("small", folder)
+    assert (facts.num_layers, facts.num_heads, facts.head_dim) == (8, 4, 32)
+    assert (facts.spatial_ratio, facts.temporal_ratio, facts.latent_channels) == (4, 2, 12)
+    assert facts.grid(5, 48, 48) == (3, 12, 12)
+    assert facts.vocabulary is not None
+    assert facts.vocabulary.action == tuple(VOCABULARY["action"])
+    assert facts.profiles["fast"].branches == "cond"
+
+
+def test_a_folder_without_profiles_takes_those_of_the_paper_at_its_depth(tmp_path: Path) -> None:
+    facts = load(write_json_model(tmp_path, with_vocabulary=False))
+    assert facts.vocabulary is None
+    assert facts.profiles["paper"].vital_layers == (0, 2, 3, 4, 5, 6, 7)
+    assert facts.profiles["paper"].mask_layers == (1, 2, 3)
+    assert (facts.defaults.pixel_frames, facts.defaults.height) == (5, 48)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((6, 48, 48), "video.pixel_frames: is 6: must be 1 more than a multiple of 2"),
+        ((5, 52, 48), "video.height: is 52: must be a multiple of 8; nearest are 48 and 56"),
+        ((5, 48, 4), "video.width: is 4: must be a multiple of 8; nearest are 8"),
+    ],
+)
+def test_an_illegal_size_is_refused_with_the_nearest_legal_ones(
+    folder: Path, size: tuple[int, int, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(folder).grid(*size)
+
+
+def test_each_nearest_size_is_legal() -> None:
+    facts = load("THUDM/CogVideoX-5b")
+    with pytest.raises(ConfigError) as caught:
+        facts.grid(50, 480, 720)
+    nearest = [int(n) for n in re.findall(r"\d+", str(caught.value).partition("nearest")[2])]
+    assert nearest == [49, 53]
+    for pixel_frames in nearest:
+        facts.grid(pixel_frames, 480, 720)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model_index.json", {"_class_name": "WanPipeline"}, "is a WanPipeline"),
+        ("transformer/config.json", {"patch_size_t": 2}, "so it is a CogVideoX 1.5"),
+        ("transformer/config.json", {"in_channels": 24}, "its parts do not fit"),
+        ("text_encoder/config.json", {"d_model": 8}, "its parts do not fit"),
+        ("transformer/config.json", {"num_layers": 0}, "num_layers: is 0: must be >= 1"),
+        ("vae/config.json", {"block_out_channels": 3}, "block_out_channels: is 3: must be a list"),
+        ("storybook.json", {"profiles": 3}, "profiles: is 3: "),
+    ],
+)
+def test_a_folder_that_is_not_our_model_is_refused(
+    folder: Path, name: str, change: dict[str, object], message: str
+) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelSupportError, match=re.escape(message)):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "\x00", "[" * 10_000])
+def test_a_damaged_folder_is_refused(folder: Path, content: str | None) -> None:
+    path = folder / "vae" / "config.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ModelSupportError, match=re.escape(str(path))):
+        load(folder)
+
+
+@pytest.mark.parametrize("model_id", ["no such model", "a/b/c", "/nowhere", "..", "THUDM"])
+def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(
+    model_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BachvidError):
+        load(model_id)
