@@ -1,0 +1,180 @@
+"""The plan: what it counts, what it prints, and what it does not need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bad_inputs import GOOD_STORY
+from json_models import write_json_model
+
+from bachvid.config import RenderConfig
+from bachvid.errors import ConfigError, ModelSupportError
+from bachvid.plan import RenderPlan, render_plan
+from bachvid.plan_text import format_bytes, plan_json, plan_text
+from bachvid.story import Story
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Story:
+    path = tmp_path / "story.yaml"
+    path.write_text(GOOD_STORY)
+    return Story.load(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_json_model(tmp_path / "model", with_vocabulary=True)
+
+
+def plan_with(story: Story, model: Path | str, *overrides: str) -> RenderPlan:
+    return render_plan(story, RenderConfig.from_yaml(None, [f"model.id={model}", *overrides]))
+
+
+def test_a_scene_is_its_identity_video_and_then_its_actions(story: Story, folder: Path) -> None:
+    (scene,) = plan_with(story, folder).scenes
+    assert [video.id for video in scene.videos] == ["identity", "stands-still", "jumps"]
+    assert scene.identity.action is None
+    assert scene.identity.prompt.text == "a desert, a green robot, stands still"
+    assert scene.frames[1].tokens is not None
+    assert scene.frames[1].tokens.rows["action"] == (7,)
+
+
+def test_the_noise_policy_decides_the_seeds(story: Story, folder: Path) -> None:
+    for noise, num_seeds in (("same", 1), ("independent", 3)):
+        (scene,) = plan_with(story, folder, f"sampling.noise={noise}").scenes
+        assert len({video.seed for video in scene.videos}) == num_seeds
+
+
+def test_the_cache_of_the_5b_has_the_bytes_of_the_notes(story: Story) -> None:
+    # 215.65 MB of keys and values for a layer, step and branch; 15 layers, 26 steps, 2 branches.
+    plan = plan_with(story, "THUDM/CogVideoX-5b", "method.profile=paper")
+    assert plan.cache_bytes == 17_550 * 48 * 64 * 2 * 2 * 15 * 26 * 2
+    assert plan.layout.video_tokens == 17_550
+    assert plan.layout.joint_tokens == 17_776
+
+
+@pytest.mark.parametrize(
+    ("override", "factor"),
+    [
+        ("method.branches=cond", 1 / 2),
+        ("method.vital_layers=[0, 1]", 2 / 8),
+        ("method.inject_steps=[0, 26]", 2),
+        ("model.dtype=bfloat16", 1 / 2),
+        ("video.height=96", 2),
+        ("method.name=none", 0),
+    ],
+)
+def test_the_cache_scales_with_what_is_kept(
+    story: Story, folder: Path, override: str, factor: float
+) -> None:
+    steps = ("sampling.num_steps=26", "method.inject_steps=[0, 13]", "method.mask_step=10")
+    base = plan_with(story, folder, *steps).cache_bytes
+    assert base == 432 * 4 * 32 * 2 * 4 * 8 * 13 * 2
+    assert plan_with(story, folder, *steps, override).cache_bytes == base * factor
+
+
+def test_forwards_are_counted_with_the_pre_passes(story: Story, folder: Path) -> None:
+    plan = plan_with(story, folder)  # 25 steps, the mask at step 10
+    assert plan.num_forwards == 25 + 2 * (11 + 25)
+    assert plan.seconds == pytest.approx(0.05 * plan.num_forwards)
+    assert plan_with(story, folder, "method.name=none").num_forwards == 3 * 25
+
+
+def test_a_size_that_nobody_measured_has_no_time(story: Story, folder: Path) -> None:
+    assert plan_with(story, folder, "video.height=96").seconds is None
+
+
+def test_words_are_taken_as_the_vocabulary_spells_them(story: Story, folder: Path) -> None:
+    (scene,) = story.scenes
+    loud = scene.model_copy(update={"background": "A DESERT"})
+    loud_story = story.model_copy(update={"scenes": (loud,)})
+    assert plan_with(loud_story, folder).story == story
+
+
+def test_a_model_without_rotary_positions_gets_a_warning(story: Story) -> None:
+    notes = plan_with(story, "THUDM/CogVideoX-2b").notes
+    assert any("no rotary positions" in note for note in notes)
+    notes = plan_with(story, "THUDM/CogVideoX-2b", "method.name=none").notes
+    assert not any("no rotary positions" in note for note in notes)
+
+
+def test_a_hub_model_without_its_tokenizer_is_planned_without_tokens(
+    story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    plan = plan_with(story, "THUDM/CogVideoX-5b")
+    assert plan.scenes[0].identity.tokens is None
+    assert any("is not on this machine yet" in note for note in plan.notes)
+    assert "tokens not counted" in plan_text(plan)
+
+
+def test_a_folder_without_its_tokenizer_is_refused(story: Story, folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(ModelSupportError, match="tokenizer"):
+        plan_with(story, folder)
+
+
+def test_the_source_is_named_in_a_problem_of_the_story(story: Story, folder: Path) -> None:
+    (scene,) = story.scenes
+    wrong = story.model_copy(update={"scenes": (scene.model_copy(update={"character": "Bob"}),)})
+    config = RenderConfig.from_yaml(None, [f"model.id={folder}"])
+    with pytest.raises(ConfigError, match=r"^day\.yaml: scenes\[0\]\.character: is 'Bob'"):
+        render_plan(wrong, config, source="day.yaml")
+
+
+def test_a_negative_prompt_is_a_phrase_or_nothing(story: Story, folder: Path) -> None:
+    plan_with(story, folder, "sampling.negative_prompt=a snowy forest")
+    with pytest.raises(ConfigError, match="negative_prompt"):
+        plan_with(story, folder, "sampling.negative_prompt=blurry")
+
+
+def test_the_text_names_all_that_is_decided(story: Story, folder: Path) -> None:
+    assert plan_text(plan_with(story, folder)).splitlines()[:6] == [
+        '"A day": 1 scene, 3 videos',
+        "",
+        "scene coast",
+        "  identity: a desert, a green robot, stands still",
+        "    seed 2366639056, 10 of 20 tokens: background 0-1, character 3-5, action 7-8",
+        "  stands-still: a desert, a green robot, stands still",
+    ]
+
+
+def test_the_json_is_json_and_agrees_with_the_plan(story: Story, folder: Path) -> None:
+    plan = plan_with(story, folder)
+    data = json.loads(json.dumps(plan_json(plan)))
+    assert data["cache_bytes"] == plan.cache_bytes
+    assert data["config"]["method"]["mask_step"] == 10
+    assert data["scenes"][0]["videos"][2] == {
+        "id": "jumps",
+        "prompt": "a desert, a green robot, jumps",
+        "seed": plan.scenes[0].frames[1].seed,
+        "tokens": 9,
+        "spans": {"background": [0, 1], "character": [3, 4, 5], "action": [7]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1_500, "1.5 kB"), (168_206_000_000, "168.2 GB")],
+)
+def test_bytes_are_written_in_decimal_units(count: int, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+def test_planning_loads_neither_torch_nor_diffusers(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "story.yaml"
+    path.write_text(GOOD_STORY)
+    code = (
+        "import sys\n"
+        "from bachvid.cli import main\n"
+        f"main(['plan', {str(path)!r}, '--set', 'model.id={folder}'], standalone_mode=False)\n"
+        "loaded = {'torch', 'diffusers', 'transformers', 'ray', 'av'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {loaded}' if loaded else 0)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "a green robot, jumps" in result.stdout
