@@ -230,7 +230,7 @@ def load_cogvideox(config: ModelConfig, facts: ModelFacts) -> CogVideoXModel:
 
     Raises:
         ConfigError: a folder, file or Hub id is missing or damaged; the device does not exist.
-        ModelSupportError: the model is another one than text-to-video CogVideoX 1.0.
+        ModelSupportError: a part of the model is of another class than CogVideoX's.
     """
     is_local = config.id == STORYBOOK_ID or Path(config.id).is_dir()
     # Of a Hub model, facts.folder holds the json files only.
@@ -244,7 +244,6 @@ def load_cogvideox(config: ModelConfig, facts: ModelFacts) -> CogVideoXModel:
             name="model_index.json",
         ),
         config,
-        facts,
     )
 
     def load(component: type[Component], name: str) -> Component:
@@ -286,7 +285,7 @@ def load_cogvideox(config: ModelConfig, facts: ModelFacts) -> CogVideoXModel:
     )
 
 
-def _check_classes(index: dict[str, object], config: ModelConfig, facts: ModelFacts) -> None:
+def _check_classes(index: dict[str, object], config: ModelConfig) -> None:
     """Refuse by name what would load, but as another model than it is."""
     wanted = {
         "transformer": (CogVideoXTransformer3DModel,),
@@ -303,9 +302,3 @@ def _check_classes(index: dict[str, object], config: ModelConfig, facts: ModelFa
                 f"model.id {config.id!r} has a {class_name} as its {name}: the CogVideoX adapter "
                 f"knows {' and '.join(legal)}; choose a model with these"
             )
-    if facts.patch_size_t is not None:
-        raise ModelSupportError(
-            f"model.id {config.id!r} has patch_size_t {facts.patch_size_t}, so it is a CogVideoX "
-            f"1.5, in which one token covers several latent frames: bachvid renders CogVideoX 1.0; "
-            f"choose CogVideoX-2b or CogVideoX-5b"
-        )

@@ -21,8 +21,8 @@ from bachvid.errors import BachvidError, ConfigError, ModelSupportError
 from bachvid.facts import load_facts
 from bachvid.models import cogvideox
 from bachvid.models.base import VideoModel, attention_control, load_model
-from bachvid.models.cogvideox import CogVideoXControlledProcessor
-from bachvid.prompts import Prompt, compose_prompt
+from bachvid.models.cogvideox import CogVideoXControlledProcessor, CogVideoXModel, TextEncoder
+from bachvid.prompts import Prompt, PromptTokenizer, compose_prompt
 
 PROMPT = compose_prompt("a snowy forest", "a girl in a yellow dress", "jumps")
 OTHER = compose_prompt("a sunny beach", "a robot", "waves and walks")
@@ -66,10 +66,29 @@ def test_an_embedding_does_not_depend_on_what_else_is_encoded(model: VideoModel)
     assert not torch.equal(together[0], together[1])
 
 
-def test_the_text_encoder_can_be_freed_and_comes_back(model: VideoModel) -> None:
-    expected = model.encode_prompts([PROMPT])
-    model.free_text_encoder()
-    torch.testing.assert_close(model.encode_prompts([PROMPT]), expected, rtol=0, atol=0)
+def test_the_text_encoder_is_loaded_when_needed_and_can_be_freed(
+    model: VideoModel, pipeline: CogVideoXPipeline
+) -> None:
+    loads: list[TextEncoder] = []
+
+    def load_text_encoder() -> TextEncoder:
+        loads.append(TextEncoder(PromptTokenizer.load(model.facts), pipeline.text_encoder))
+        return loads[-1]
+
+    lazy = CogVideoXModel(
+        model.facts,
+        transformer=pipeline.transformer,
+        vae=pipeline.vae,
+        load_text_encoder=load_text_encoder,
+        scheduler_config=pipeline.scheduler.config,
+    )
+    assert not loads
+    expected = lazy.encode_prompts([PROMPT])
+    lazy.encode_prompts([OTHER])
+    assert len(loads) == 1
+    lazy.free_text_encoder()
+    torch.testing.assert_close(lazy.encode_prompts([PROMPT]), expected, rtol=0, atol=0)
+    assert len(loads) == 2
 
 
 def test_initial_noise_is_that_of_the_stock_pipeline(
@@ -209,7 +228,7 @@ def test_the_adapter_runs_the_published_transformer_at_full_size(hub_id: str) ->
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel(**PUBLISHED[hub_id] | {"num_layers": 2})
     facts = replace(load_facts(ModelConfig(id=hub_id)), num_layers=2)
-    model = cogvideox.CogVideoXModel(
+    model = CogVideoXModel(
         facts,
         transformer=transformer,
         vae=None,
@@ -297,11 +316,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[BachvidError], str]] = {
         lambda f: edit_json(f / "model_index.json", vae=None),
         ModelSupportError,
         "has a None as its vae",
-    ),
-    "CogVideoX 1.5": (
-        lambda f: edit_json(f / "transformer" / "config.json", patch_size_t=2),
-        ModelSupportError,
-        "patch_size_t 2, so it is a CogVideoX 1.5",
     ),
 }
 
