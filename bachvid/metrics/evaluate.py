@@ -1,0 +1,266 @@
+"""Measures a run directory: every metric, for every video or pair of videos it speaks of.
+
+Videos of one scene are compared with each other, never with those of another scene. The frame
+videos are measured; the identity video is what they are compared with, and one of every pair.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bachvid.config import RenderConfig
+from bachvid.errors import ConfigError
+from bachvid.facts import STORYBOOK_ID
+from bachvid.metrics.attributes import attribute_agreement
+from bachvid.metrics.cost import cost
+from bachvid.metrics.motion import motion
+from bachvid.metrics.prompt_accuracy import prompt_accuracy
+from bachvid.metrics.psnr_bg import psnr_bg
+from bachvid.metrics.sharpness import sharpness_bg
+from bachvid.metrics.ssim_bg import ssim_bg
+from bachvid.metrics.success import success
+from bachvid.output import read_video
+from bachvid.rundir import RunContents, VideoRecord, read_run
+from bachvid.story import IDENTITY_ID, Scene, Story
+from bachvid.video import upsample_foreground
+
+if TYPE_CHECKING:
+    from bachvid.storybook.judge import JudgeReading
+
+ReadClips = Callable[[NDArray[np.uint8]], "JudgeReading"]  # a Judge
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One value. `detail` is the other video of a pair, an attribute, or empty."""
+
+    metric: str
+    scene: str
+    video: str
+    detail: str
+    value: float
+
+
+class Summary(NamedTuple):
+    """The mean of a metric; the standard error is that of the scenes' means, from two scenes on."""
+
+    mean: float
+    standard_error: float | None
+    num_values: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was measured of one run; `notes` are what a reader of the numbers must know."""
+
+    path: Path
+    method: str
+    measurements: tuple[Measurement, ...]
+    notes: tuple[str, ...]
+
+    def summary(self, metric: str) -> Summary | None:
+        """Summarise a metric; None if nothing was measured."""
+        by_scene = self._by_scene(metric)
+        values = [value for scene in by_scene.values() for value in scene]
+        if not values:
+            return None
+        return Summary(
+            float(np.mean(values)),
+            _standard_error([float(np.mean(scene)) for scene in by_scene.values()]),
+            len(values),
+        )
+
+    def difference(self, metric: str, other: Evaluation) -> Summary | None:
+        """Summarise this run less another of the same story, scene by scene."""
+        mine, theirs = self._by_scene(metric), other._by_scene(metric)
+        paired = [
+            float(np.mean(mine[scene]) - np.mean(theirs[scene]))
+            for scene in mine
+            if scene in theirs
+        ]
+        if not paired:
+            return None
+        return Summary(float(np.mean(paired)), _standard_error(paired), len(paired))
+
+    def _by_scene(self, metric: str) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for item in self.measurements:
+            if item.metric == metric and not math.isnan(item.value):
+                found.setdefault(item.scene, []).append(item.value)
+        return found
+
+
+class Twin(NamedTuple):
+    """How to render the same story without any method, into a folder of the run."""
+
+    story: Story
+    config: RenderConfig
+    out: Path
+
+
+def vanilla_twin(run: Path) -> Twin:
+    """Return what `--against none` renders. Raises ConfigError if `run` is no run directory."""
+    header = read_run(run).header
+    config = RenderConfig.model_validate(header.config)
+    twin = config.model_copy(
+        update={
+            "method": config.method.model_copy(update={"name": "none"}),
+            "output": config.output.model_copy(update={"overlays": False}),
+        }
+    )
+    # No scene can have this name: ids have no dot.
+    return Twin(Story.model_validate(header.story), twin, run / "against.none")
+
+
+def evaluate_run(path: Path, *, judge: ReadClips | None = None) -> Evaluation:
+    """Measure all videos of a run directory.
+
+    Raw frames are read where the run has them (`output.frames`); else the mp4 files are read
+    back, which is lossy and noted. The judge reads the clips of the embedded model, and its masks
+    are used then, because they are the same instrument for every method; of other models there
+    is no judge, and the masks are those that the method saw. `judge` is used for any model.
+
+    Raises ConfigError if `path` is no run directory, or has no finished video.
+    """
+    run = read_run(path)
+    config = RenderConfig.model_validate(run.header.config)
+    story = Story.model_validate(run.header.story)
+    if not run.records:
+        raise ConfigError(f"{path} has no finished video: render its story first")
+    if judge is None and config.model.id == STORYBOOK_ID:
+        from bachvid.storybook.judge import Judge  # imports torch
+
+        judge = Judge.load()
+    notes = [] if judge else ["no judge for this model: no attributes, no prompt accuracy"]
+    raw = [run.file(*video, f"frames/{video[1]}.npz") for video in run.records]
+    if not all(path is not None and path.exists() for path in raw):
+        notes.append(
+            "frames were read back from mp4 (lossy); for exact values render into the same folder "
+            "again with --set output.frames=true"
+        )
+    found: list[Measurement] = []
+    for scene in story.scenes:
+        found += _measure_records(run, scene)
+        clips = _load_clips(run, scene, judge)
+        if clips is not None:
+            found += _measure_pixels(scene, clips)
+    unmeasured = sum(math.isnan(item.value) for item in found)
+    if unmeasured:
+        notes.append(f"{unmeasured} values could not be measured: no background, or no mask")
+    return Evaluation(path, config.method.name, tuple(found), tuple(notes))
+
+
+class _Clips(NamedTuple):
+    """The finished videos of a scene: [V, F, H, W, 3] and [V, F, H, W]."""
+
+    records: Sequence[VideoRecord]
+    frames: NDArray[np.uint8]
+    foreground: NDArray[np.bool_]
+    reading: JudgeReading | None
+
+
+def _load_clips(run: RunContents, scene: Scene, judge: ReadClips | None) -> _Clips | None:
+    names = [IDENTITY_ID, *(action.id for action in scene.actions)]
+    records = [run.records[scene.id, name] for name in names if (scene.id, name) in run.records]
+    if not records:
+        return None
+    frames = np.stack([_load_frames(run, record) for record in records])
+    if judge is not None:
+        reading = judge(frames)
+        return _Clips(records, frames, reading.foreground, reading)
+    masks = [_load_mask(run, record, clip) for record, clip in zip(records, frames, strict=True)]
+    return _Clips(records, frames, np.stack(masks), None)
+
+
+def _load_frames(run: RunContents, record: VideoRecord) -> NDArray[np.uint8]:
+    raw = run.file(record.scene, record.video, f"frames/{record.video}.npz")
+    if raw is not None and raw.exists():
+        with np.load(raw, allow_pickle=False) as arrays:
+            frames: NDArray[np.uint8] = arrays["frames"]
+            return frames
+    return read_video(_file(run, record, ".mp4"))
+
+
+def _load_mask(
+    run: RunContents, record: VideoRecord, frames: NDArray[np.uint8]
+) -> NDArray[np.bool_]:
+    path = _file(run, record, f"masks/{record.video}.npz")
+    with np.load(path, allow_pickle=False) as arrays:
+        tokens: NDArray[np.bool_] = arrays["foreground"]
+    num_frames, height, width, _ = frames.shape
+    ratio = (num_frames - 1) // max(1, len(tokens) - 1)
+    return upsample_foreground(tokens, temporal_ratio=ratio, height=height, width=width)
+
+
+def _file(run: RunContents, record: VideoRecord, suffix: str) -> Path:
+    path = run.file(record.scene, record.video, suffix)
+    assert path is not None  # every record has an mp4 and a mask
+    if not path.exists():
+        raise ConfigError(f"{path} is gone: render the story into {run.path} again to restore it")
+    return path
+
+
+def _measure_records(run: RunContents, scene: Scene) -> Iterator[Measurement]:
+    """Success of all videos of a scene; cost of its frame videos."""
+    for name in (IDENTITY_ID, *(action.id for action in scene.actions)):
+        record = run.records.get((scene.id, name))
+        for metric, value in success(record).items():
+            yield Measurement(metric, scene.id, name, "", value)
+        if record is not None and name != IDENTITY_ID:
+            for metric, value in cost(record).items():
+                yield Measurement(metric, scene.id, name, "", value)
+
+
+def _measure_pixels(scene: Scene, clips: _Clips) -> Iterator[Measurement]:
+    """Everything that is measured of the frames of a scene."""
+    for first, second in itertools.combinations(range(len(clips.records)), 2):
+        one, two = clips.records[first], clips.records[second]
+        if (one.prompt, one.seed) == (two.prompt, two.seed):
+            continue  # without a method, the same video: no sign of consistency
+        foreground = clips.foreground[first] | clips.foreground[second]
+        for metric, measure in (("psnr_bg", psnr_bg), ("ssim_bg", ssim_bg)):
+            value = measure(clips.frames[first], clips.frames[second], foreground)
+            yield Measurement(metric, scene.id, one.video, two.video, value)
+    for index, record in enumerate(clips.records):
+        if record.video == IDENTITY_ID:
+            continue
+        frames, foreground = clips.frames[index], clips.foreground[index]
+        yield Measurement(
+            "sharpness_bg", scene.id, record.video, "", sharpness_bg(frames, foreground)
+        )
+        yield Measurement("motion", scene.id, record.video, "", motion(frames, foreground))
+        if clips.reading is not None:
+            yield from _measure_reading(scene, clips.records, clips.reading, index)
+
+
+def _measure_reading(
+    scene: Scene, records: Sequence[VideoRecord], reading: JudgeReading, index: int
+) -> Iterator[Measurement]:
+    """What the judge reads of one frame video."""
+    video = records[index].video
+    asked: Mapping[str, str] = {
+        "background": scene.background,
+        "character": scene.character,
+        "action": next(action.text for action in scene.actions if action.id == video),
+    }
+    seen = {part: getattr(reading, part)[index] for part in asked}
+    for part, value in prompt_accuracy(asked, seen).items():
+        yield Measurement(f"prompt_{part}", scene.id, video, "", value)
+    if records[0].video == IDENTITY_ID:
+        agreement = attribute_agreement(reading.attributes, identity=0, video=index)
+        for name, value in agreement.items():
+            yield Measurement("attributes", scene.id, video, name, value)
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
