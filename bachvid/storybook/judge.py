@@ -120,7 +120,7 @@ class Judge:
                 f"{SIZE}, 3] only; render with the storybook model at its own size"
             )
         video = torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        parts = [self._network(part) for part in video.split(64)]
+        parts = [self._network(part) for part in torch.split(video, 64)]
         answers = {
             name: [values[i] for logits, _ in parts for i in logits[name].argmax(-1).tolist()]
             for name, values in QUESTIONS.items()

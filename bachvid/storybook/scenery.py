@@ -5,10 +5,12 @@ Coordinates are in frame sizes, x to the right and y down. Legend: H rows, W col
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 Colour = tuple[float, float, float]
 
 BACKGROUNDS = (

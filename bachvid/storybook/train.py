@@ -70,7 +70,8 @@ def load_vae(work: Path) -> AutoencoderKLCogVideoX:
 @click.pass_obj
 def clips(settings: Settings, varied: int, easy: int) -> None:
     """Render the training clips."""
-    for difficulty, count in (("varied", varied), ("easy", easy)):
+    counts: dict[Difficulty, int] = {"varied": varied, "easy": easy}
+    for difficulty, count in counts.items():
         path = settings.work / f"clips-{difficulty}.pt"
         if not path.exists():
             torch.save(asdict(render_clips(settings.seed, count, difficulty)), path)
@@ -103,7 +104,8 @@ def latents(settings: Settings) -> None:
 @click.pass_obj
 def transformer(settings: Settings, steps: int, decay_steps: int, easy_steps: int) -> None:
     """Train the transformer and its text encoder."""
-    worlds = {name: _latents(settings.work, name) for name in ("easy", "varied")}
+    names: tuple[Difficulty, ...] = ("easy", "varied")
+    worlds = {name: _latents(settings.work, name) for name in names}
     scale = float(1 / worlds["varied"].latent.std())
     scaled = {name: replace(world, latent=world.latent * scale) for name, world in worlds.items()}
     train_transformer(
@@ -115,7 +117,7 @@ def transformer(settings: Settings, steps: int, decay_steps: int, easy_steps: in
 
 
 @main.command()
-@click.option("--steps", default=2_500, show_default=True)
+@click.option("--steps", default=1_000, show_default=True)
 @click.pass_obj
 def judge(settings: Settings, steps: int) -> None:
     """Train the judge, and print its accuracy on clips that no stage has seen."""
@@ -133,7 +135,7 @@ def judge(settings: Settings, steps: int) -> None:
     held_out = render_clips(_HELD_OUT_SEED, 864, "varied")
     click.echo(json.dumps(measure_judge(network.eval(), held_out, _HELD_OUT_SEED), indent=2))
     WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
-    save_model(network.half(), WEIGHTS)
+    save_model(network.half(), str(WEIGHTS))
 
 
 @main.command()

@@ -55,7 +55,8 @@ def train_judge(clips: Clips, decoded: Clips, settings: Settings, steps: int) ->
         rows = torch.cat([clean, coded])
         frames = torch.cat([clips.frames[clean], decoded.frames[coded]])
         video = degrade(to_video(frames), generator).to(settings.device)
-        logits, mask = network(video)
+        with torch.autocast(settings.device, torch.bfloat16):
+            logits, mask = network(video)
         target = clips.mask[rows].float().to(settings.device)
         questions = [
             F.cross_entropy(logits[name], answers[name][rows].to(settings.device))
@@ -76,7 +77,7 @@ def train_judge(clips: Clips, decoded: Clips, settings: Settings, steps: int) ->
 def measure_judge(network: JudgeNetwork, clips: Clips, first_seed: int) -> dict[str, float]:
     """Return the judge's accuracy for every question, and the mean IoU of its mask."""
     answers = answer_questions(clips.labels, range(first_seed, first_seed + len(clips.labels)))
-    parts = [network(to_video(frames)) for frames in clips.frames.split(64)]
+    parts = [network(to_video(frames)) for frames in torch.split(clips.frames, 64)]
     accuracy = {
         name: float((torch.cat([p[0][name] for p in parts]).argmax(-1) == truth).float().mean())
         for name, truth in answers.items()

@@ -36,7 +36,7 @@ def pool_to_tokens(mask: Tensor) -> Tensor:
     The first latent frame shows the first pixel frame, each later one the next TEMPORAL_RATIO.
     """
     pooled = F.avg_pool2d(mask.float(), storybook.SPATIAL_RATIO)
-    later = pooled[:, 1:].unflatten(1, (-1, storybook.TEMPORAL_RATIO)).mean(2)
+    later = torch.stack(torch.split(pooled[:, 1:], storybook.TEMPORAL_RATIO, 1), 1).mean(2)
     return torch.cat([pooled[:, :1], later], dim=1)
 
 
@@ -44,11 +44,11 @@ def pool_to_tokens(mask: Tensor) -> Tensor:
 def encode_clips(vae: AutoencoderKLCogVideoX, clips: Clips, device: str) -> Latents:
     """Encode clips once; the transformer is trained on the posterior's mean."""
     latents = []
-    for frames in clips.frames.split(64):
+    for frames in torch.split(clips.frames, 64):
         with torch.autocast(device, torch.bfloat16):
             latent = vae.encode(to_video(frames).to(device)).latent_dist.mean
         latents.append(latent.float().permute(0, 2, 1, 3, 4).cpu())
-    masks = torch.cat([pool_to_tokens(mask) for mask in clips.mask.split(256)])
+    masks = torch.cat([pool_to_tokens(mask) for mask in torch.split(clips.mask, 256)])
     return Latents(torch.cat(latents), masks, clips.labels)
 
 
@@ -115,9 +115,10 @@ class TextToVideo(nn.Module):
         """Predict v [B, F, C, h, w] of noised latents."""
         text = self.text_encoder(ids)[0]
         rotary = (self.cos, self.sin)
-        return self.transformer(latent, text, timestep, image_rotary_emb=rotary, return_dict=False)[
-            0
-        ]
+        prediction: Tensor = self.transformer(
+            latent, text, timestep, image_rotary_emb=rotary, return_dict=False
+        )[0]
+        return prediction
 
     def mask_loss(self, spans: Tensor, token_mask: Tensor) -> Tensor:
         """Push each mask layer's attention to tell character from background tokens.

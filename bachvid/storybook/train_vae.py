@@ -69,7 +69,7 @@ def train_vae(clips: Clips, settings: Settings, steps: int) -> bool:
 @torch.no_grad()
 def fold_latent_statistics(vae: AutoencoderKLCogVideoX, video: Tensor) -> None:
     """Make the latents of `video` zero-mean and unit-variance per channel, by changing weights."""
-    latent = torch.cat([vae.encode(part).latent_dist.mean for part in video.split(32)])
+    latent = torch.cat([vae.encode(part).latent_dist.mean for part in torch.split(video, 32)])
     mean, deviation = latent.mean((0, 2, 3, 4)), latent.std((0, 2, 3, 4))
     outward = vae.encoder.conv_out.conv
     half = len(mean)
@@ -89,7 +89,7 @@ def fold_latent_statistics(vae: AutoencoderKLCogVideoX, video: Tensor) -> None:
 def reconstruct(vae: AutoencoderKLCogVideoX, frames: Tensor) -> Tensor:
     """Return uint8 clips [N, F, H, W, 3] as the autoencoder gives them back."""
     device, back = vae.device, []
-    for part in frames.split(32):
+    for part in torch.split(frames, 32):
         with torch.autocast(device.type, torch.bfloat16):
             decoded = vae.decode(vae.encode(to_video(part).to(device)).latent_dist.mean).sample
         pixels = ((decoded.float() + 1) * 127.5).round().clamp(0, 255)

@@ -119,7 +119,7 @@ class Trainer:
         while self.step < steps:
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step)
             losses = loss_at(self.step, generator)
-            losses["loss"].backward()
+            torch.autograd.backward(losses["loss"])
             nn.utils.clip_grad_norm_(self.module.parameters(), 2.0)
             for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
