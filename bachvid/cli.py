@@ -20,8 +20,13 @@ from bachvid import __version__
 from bachvid.errors import BachvidError, CacheMissError, WorkerError
 
 if TYPE_CHECKING:
-    from bachvid.driver import StoryRenderer
+    from rich.table import Table
 
+    from bachvid.config import RenderConfig
+    from bachvid.driver import StoryRenderer
+    from bachvid.story import Story
+
+_TABLE_WIDTH = 120
 SOME_FAILED, BAD_INPUT, CANCELLED = 1, 2, 130
 
 _STORY = click.argument("story", type=click.Path(path_type=Path))
@@ -74,35 +79,11 @@ def render(
 ) -> None:
     """Render STORY, or what is missing of it, into a run directory."""
     from bachvid.config import RenderConfig
-    from bachvid.driver import StoryRenderer
-    from bachvid.events import Done, Failed
-    from bachvid.plan import render_plan
-    from bachvid.progress import open_progress
     from bachvid.story import Story
 
     _configure_logging(verbose=verbose)
-    out = out or Path("runs") / story.stem
     loaded, settings = Story.load(story), RenderConfig.from_yaml(config, overrides)
-    plan = render_plan(loaded, settings, source=str(story), download=True)
-    num_videos = sum(len(scene.videos) for scene in plan.scenes)
-    done, failed = 0, 0
-    with (
-        StoryRenderer(settings, out) as renderer,
-        _cancelled_by_ctrl_c(renderer),
-        open_progress(plan) as progress,
-    ):
-        for event in renderer.stream(loaded, source=str(story)):
-            progress.show(event)
-            done += isinstance(event, Done)
-            failed += isinstance(event, Failed)
-        cancelled = renderer.is_cancelled
-    click.echo(f"{done} of {num_videos} videos in {out}")
-    if cancelled:
-        click.echo("Cancelled; render again to go on.", err=True)
-        sys.exit(CANCELLED)
-    if failed:
-        click.echo(f"{failed} failed, see {out}/manifest.json; render again to retry.", err=True)
-        sys.exit(SOME_FAILED)
+    _render(loaded, settings, out or Path("runs") / story.stem, source=str(story))
 
 
 @main.command()
@@ -125,6 +106,33 @@ def plan(story: Path, config: Path | None, overrides: tuple[str, ...], as_json: 
 
 
 @main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--against", type=click.Choice(["none"]), help="Render the story without a method, and compare."
+)
+@_JSON
+@_VERBOSE
+def evaluate(run: Path, against: str | None, as_json: bool, verbose: bool) -> None:
+    """Measure the videos of the run directory RUN, and keep the results in it."""
+    import json
+
+    from bachvid.metrics.evaluate import evaluate_run, vanilla_twin
+    from bachvid.metrics.table import evaluation_table, results_json, write_results
+
+    _configure_logging(verbose=verbose)
+    evaluations = [evaluate_run(run)]
+    if against:
+        twin = vanilla_twin(run)
+        _render(twin.story, twin.config, twin.out, source=str(run))
+        evaluations.append(evaluate_run(twin.out))
+    write_results(run, evaluations)
+    if as_json:
+        click.echo(json.dumps(results_json(evaluations), indent=2))
+    else:
+        _print_table(evaluation_table(evaluations))
+
+
+@main.command()
 def check() -> None:
     """Check this machine: versions, devices, the embedded model, and one small render."""
     from bachvid.check import run_checks
@@ -135,6 +143,42 @@ def check() -> None:
         failed |= not result.ok
     if failed:
         sys.exit(SOME_FAILED)
+
+
+def _render(story: Story, config: RenderConfig, out: Path, *, source: str) -> None:
+    """Render a story, showing how it goes. Exits unless every video is done."""
+    from bachvid.driver import StoryRenderer
+    from bachvid.events import Done, Failed
+    from bachvid.plan import render_plan
+    from bachvid.progress import open_progress
+
+    plan = render_plan(story, config, source=source, download=True)
+    num_videos = sum(len(scene.videos) for scene in plan.scenes)
+    done, failed = 0, 0
+    with (
+        StoryRenderer(config, out) as renderer,
+        _cancelled_by_ctrl_c(renderer),
+        open_progress(plan) as progress,
+    ):
+        for event in renderer.stream(story, source=source):
+            progress.show(event)
+            done += isinstance(event, Done)
+            failed += isinstance(event, Failed)
+        cancelled = renderer.is_cancelled
+    click.echo(f"{done} of {num_videos} videos in {out}", err=True)
+    if cancelled:
+        click.echo("Cancelled; render again to go on.", err=True)
+        sys.exit(CANCELLED)
+    if failed:
+        click.echo(f"{failed} failed, see {out}/manifest.json; render again to retry.", err=True)
+        sys.exit(SOME_FAILED)
+
+
+def _print_table(table: Table) -> None:
+    from rich.console import Console
+
+    # A pipe has no width: rich would take 80, and break the lines of the table.
+    Console(width=None if sys.stdout.isatty() else _TABLE_WIDTH).print(table)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ what a control does. Shapes: B batch, F latent frames, P prompts, T text tokens,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -23,9 +24,11 @@ from diffusers import (
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import T5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 from bachvid.attention import QKV, AttentionControl, Rotary, RunContext, controlled_attention
 from bachvid.config import ModelConfig, VideoConfig
@@ -225,6 +228,21 @@ class CogVideoXModel:
         return self._rotary[grid]
 
 
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """Keep the bars of both libraries off stderr: progress there is the command line's to show."""
+    noisy = [
+        log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()
+    ]
+    for log in noisy:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in noisy:
+            log.enable_progress_bar()
+
+
 def load_cogvideox(config: ModelConfig, facts: ModelFacts) -> CogVideoXModel:
     """Load CogVideoX from a folder or the Hub: safetensors weights only, no code from there.
 
@@ -247,18 +265,19 @@ def load_cogvideox(config: ModelConfig, facts: ModelFacts) -> CogVideoXModel:
     )
 
     def load(component: type[Component], name: str) -> Component:
-        model, info = load_component(
-            lambda: component.from_pretrained(
-                source,
-                subfolder=name,
-                revision=revision,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-            ),
-            config=config,
-            name=name,
-        )
+        with _no_loading_bars():
+            model, info = load_component(
+                lambda: component.from_pretrained(
+                    source,
+                    subfolder=name,
+                    revision=revision,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                ),
+                config=config,
+                name=name,
+            )
         if info["missing_keys"]:  # both libraries would fill these with random numbers
             raise ConfigError(
                 f"model.id {config.id!r}: the weights of its {name} lack "
