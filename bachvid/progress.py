@@ -57,7 +57,7 @@ class BarProgress:
 
         self._steps = plan.config.sampling.num_steps or 0
         self._pre_pass = plan.frame_forwards - self._steps
-        self._bar = Bar(
+        self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -65,12 +65,12 @@ class BarProgress:
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self._task = self._bar.add_task("loading the model", total=0)
+        self._task = self.bar.add_task("loading the model", total=0)
         self._scenes: set[str] = set()
         self._total = 0
 
     def __enter__(self) -> BarProgress:
-        self._bar.start()
+        self.bar.start()
         return self
 
     def __exit__(
@@ -79,7 +79,7 @@ class BarProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self.bar.stop()
 
     def show(self, event: Event) -> None:
         """Move the bar, and write the line of `event` above it."""
@@ -93,7 +93,7 @@ class BarProgress:
                 self._advance(f"{event.scene}/{event.video}{stage}")
         line = stage_line(event)
         if line:
-            self._bar.console.print(line, markup=False, highlight=False)
+            self.bar.console.print(line, markup=False, highlight=False)
 
     def _expect(self, event: Queued) -> None:
         if event.scene not in self._scenes:  # its identity is rendered for any of its videos
@@ -101,10 +101,10 @@ class BarProgress:
             self._total += self._steps
         if event.video != IDENTITY_ID:
             self._total += self._steps + self._pre_pass
-        self._bar.update(self._task, total=self._total)
+        self.bar.update(self._task, total=self._total)
 
     def _advance(self, stage: str) -> None:
-        self._bar.update(self._task, advance=1, description=stage)
+        self.bar.update(self._task, advance=1, description=stage)
 
 
 def stage_line(event: Event) -> str:
