@@ -72,7 +72,7 @@ class VideoObserver(MethodControl):
         if site.branch != "cond" or site.layer not in layers or site.step not in self._mask_steps:
             return qkv
         self._masses[site.layer] = self._text_mass(qkv)
-        if len(self._masses) == len(layers):
+        if site.layer == layers[-1]:  # they are in rising order
             # An early mask only steers the pre-pass: on_empty_mask speaks of the final one.
             final = site.step == self.settings.mask_step
             self.masks[site.step] = extract_foreground_mask(
@@ -82,7 +82,6 @@ class VideoObserver(MethodControl):
                 morphology=self.settings.morphology,
                 on_empty=self.settings.on_empty_mask if final else "adapt",
             )
-            self._masses.clear()
         return qkv
 
     def after(self, site: AttentionSite, out_BSC: Tensor) -> Tensor:

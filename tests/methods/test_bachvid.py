@@ -267,6 +267,9 @@ def test_a_run_that_ended_too_early_has_no_observation() -> None:
     TinyTransformer().render(run, control, seed=1, stop_after=1)
     with pytest.raises(WorkerError, match="must go through step 2, and its model through the"):
         control.cache(seed=1)
+    maskless = VideoObserver(run, PROMPT, replace(SETTINGS, match_layers=()))
+    with pytest.raises(WorkerError, match="no mask and features yet"):
+        _ = maskless.observation
 
 
 def frame_injector(settings: MethodSettings, cache: IdentityCache) -> FrameInjector:
