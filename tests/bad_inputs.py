@@ -88,6 +88,16 @@ BAD_EDITS: dict[str, tuple[str, str, str]] = {
         "STORY:2:7: cannot be read: could not determine a constructor for the tag "
         "'tag:yaml.org,2002:python/name:os.system'",
     ),
+    "a value that its tag forbids": (
+        "seed: 1",
+        "seed: !!int one",
+        "STORY: a value that its tag does not allow: invalid literal for int() with base 10: 'one'",
+    ),
+    "a word that is no truth": (
+        "seed: 1",
+        "seed: !!bool maybe",
+        "STORY: a value that its tag does not allow: 'maybe'",
+    ),
     "no title": ("title: A day\n", "", "STORY: title: missing, and it has no default"),
     "empty title": ("A day", "''", "STORY: title: is empty; write what is to be seen"),
     "numeric title": ("A day", "2024", "STORY: title: is 2024: must be text; put it in quotes"),
