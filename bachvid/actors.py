@@ -6,16 +6,19 @@ Plain classes: they know no run directory, no order of work and no Ray.
 from __future__ import annotations
 
 import hashlib
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bachvid import __version__
 from bachvid.attention import RunContext
 from bachvid.cache import IdentityCache, MemoryKVStore
 from bachvid.config import RenderConfig, config_hash
@@ -76,10 +79,18 @@ class ModelWorker:
         self._tokenizer: PromptTokenizer | None = None
 
     @property
-    def device(self) -> str:
-        """What the model runs on, for the manifest."""
+    def made_with(self) -> dict[str, str]:
+        """Versions and device: what a video must be rendered with to come out the same again."""
         device = self.model.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        is_gpu = device.type == "cuda"
+        return {
+            "bachvid": __version__,
+            "torch": torch.__version__,
+            "diffusers": metadata.version("diffusers"),
+            "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
+            "threads": str(torch.get_num_threads()),
+            "machine": platform.machine(),
+        }
 
     def encode(self, prompts: Sequence[Prompt]) -> None:
         """Keep the embeddings of `prompts` and of the negative prompt; drop the text encoder."""

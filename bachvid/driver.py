@@ -9,16 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import platform
 import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
@@ -36,9 +33,10 @@ from bachvid.events import (
     Published,
     Queued,
 )
+from bachvid.journal import RunHeader, VideoRecord
 from bachvid.output import contact_sheet, wanted_files, write_contact_sheet, write_files
 from bachvid.plan import RenderPlan, ScenePlan, VideoPlan, render_plan
-from bachvid.rundir import RunDirectory, RunHeader, VideoRecord
+from bachvid.rundir import RunDirectory, disk_errors
 from bachvid.story import Story
 from bachvid.video import Frames, sheet_tiles
 
@@ -115,7 +113,7 @@ class StoryRenderer:
             WorkerError: the run directory cannot be written.
         """
         plan = render_plan(story, self._config, source=source, download=True)
-        with _disk_errors(self._out), RunDirectory(self._out, _header(plan)) as run:
+        with disk_errors(self._out), RunDirectory(self._out, _header(plan)) as run:
             rendering = _Rendering(plan, run, self._executor, self._cancelled)
             try:
                 yield from rendering.events()
@@ -210,11 +208,11 @@ class _Rendering:
         start = time.perf_counter()
         worker = ModelWorker(self._plan.config, self._plan.facts)
         worker.encode([video.prompt for scene in scenes for video in scene.videos])
-        self._made_with = {**_versions(), "device": worker.device}
+        self._made_with = worker.made_with
         logger.info(
             "model loaded name=%s device=%s seconds=%.1f",
             self._plan.facts.name,
-            worker.device,
+            worker.made_with["device"],
             time.perf_counter() - start,
         )
         return worker
@@ -359,18 +357,6 @@ class _Rendering:
         return Failed(scene.scene.id, video_id, str(error))
 
 
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """Say what to do about a full disk and its like."""
-    try:
-        yield
-    except OSError as error:
-        raise WorkerError(
-            f"cannot write {out}: {error}; what is journaled is safe: make room, or give another "
-            f"--out, and render again"
-        ) from error
-
-
 def _header(plan: RenderPlan) -> RunHeader:
     story = plan.story.model_dump(mode="json")
     canonical = json.dumps(story, sort_keys=True, separators=(",", ":"))
@@ -381,13 +367,3 @@ def _header(plan: RenderPlan) -> RunHeader:
         config_hash=config_hash(plan.config),
         bachvid=__version__,
     )
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "bachvid": __version__,
-        "torch": metadata.version("torch"),
-        "diffusers": metadata.version("diffusers"),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }

@@ -17,9 +17,9 @@ from bachvid.actors import ModelWorker, array_sha256
 from bachvid.config import RenderConfig
 from bachvid.driver import Done, Event, Failed, FrameStep, IdentityStep, Published, StoryRenderer
 from bachvid.errors import ConfigError
+from bachvid.journal import read_run
 from bachvid.plan import render_plan
 from bachvid.prompts import Prompt
-from bachvid.rundir import read_run
 from bachvid.sampling import denoise
 from bachvid.story import Story
 
@@ -274,7 +274,7 @@ KILLER = """
 import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import bachvid.actors, diffusers
+import bachvid.models.cogvideox
 from test_driver import STORY, StoryRenderer, settings
 
 chance = random.Random(int(sys.argv[4]))
@@ -312,7 +312,7 @@ def test_killed_at_any_moment_the_videos_are_the_same(
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert int(found.stdout.split()[-1]) >= 2
+    assert int(found.stdout.split()[-1]) >= 1
     assert hashes(out) == hashes(finished[0])
     assert not list(out.rglob("*.tmp"))
     rows = [json.loads(row) for row in (out / "journal.jsonl").read_text().splitlines()]

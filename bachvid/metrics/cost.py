@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bachvid.rundir import VideoRecord
+from bachvid.journal import VideoRecord
 
 
 def cost(record: VideoRecord) -> dict[str, float]:

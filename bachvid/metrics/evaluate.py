@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from bachvid.config import RenderConfig
 from bachvid.errors import ConfigError
 from bachvid.facts import STORYBOOK_ID
+from bachvid.journal import RunContents, VideoRecord, read_run
 from bachvid.metrics.attributes import attribute_agreement
 from bachvid.metrics.cost import cost
 from bachvid.metrics.motion import motion
@@ -28,7 +29,6 @@ from bachvid.metrics.sharpness import sharpness_bg
 from bachvid.metrics.ssim_bg import ssim_bg
 from bachvid.metrics.success import success
 from bachvid.output import read_video
-from bachvid.rundir import RunContents, VideoRecord, read_run
 from bachvid.story import IDENTITY_ID, Scene, Story
 from bachvid.video import upsample_foreground
 

@@ -15,10 +15,11 @@ from rich.console import Console
 
 from bachvid.config import RenderConfig
 from bachvid.errors import ConfigError
+from bachvid.journal import RunHeader, VideoRecord
 from bachvid.metrics.evaluate import evaluate_run, vanilla_twin
 from bachvid.metrics.psnr_bg import CAP_DB
 from bachvid.metrics.table import evaluation_table, write_results
-from bachvid.rundir import RunDirectory, RunHeader, VideoRecord, write_atomically
+from bachvid.rundir import RunDirectory, write_atomically
 from bachvid.storybook.judge import JudgeReading
 from bachvid.video import Frames, enlarge, write_mp4
 
