@@ -6,7 +6,6 @@ in one thread of this process.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import queue
@@ -20,8 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from bachvid import __version__
-from bachvid.config import RenderConfig, config_hash
+from bachvid.config import RenderConfig
 from bachvid.errors import WorkerError
 from bachvid.events import (
     Done,
@@ -33,8 +31,8 @@ from bachvid.events import (
     Published,
     Queued,
 )
-from bachvid.journal import RunHeader, VideoRecord
-from bachvid.output import contact_sheet, wanted_files, write_contact_sheet, write_files
+from bachvid.journal import VideoRecord
+from bachvid.output import contact_sheet, run_header, wanted_files, write_contact_sheet, write_files
 from bachvid.plan import RenderPlan, ScenePlan, VideoPlan, render_plan
 from bachvid.rundir import RunDirectory, disk_errors
 from bachvid.story import Story
@@ -113,7 +111,7 @@ class StoryRenderer:
             WorkerError: the run directory cannot be written.
         """
         plan = render_plan(story, self._config, source=source, download=True)
-        with disk_errors(self._out), RunDirectory(self._out, _header(plan)) as run:
+        with disk_errors(self._out), RunDirectory(self._out, run_header(plan)) as run:
             rendering = _Rendering(plan, run, self._executor, self._cancelled)
             try:
                 yield from rendering.events()
@@ -309,15 +307,7 @@ class _Rendering:
             video=video,
             rendered=rendered,
             identity=identity,
-            metadata={
-                "bachvid": __version__,
-                "scene": scene.scene.id,
-                "video": video.id,
-                "prompt": video.prompt.text,
-                "seed": video.seed,
-                "config_sha256": self._run.header.config_hash,
-                "frames_sha256": rendered.frames_sha256,
-            },
+            config_sha256=self._run.header.config_hash,
         )
         digests = {self._run.relative(path): digest for path, digest in written.items()}
         if record is not None:
@@ -355,15 +345,3 @@ class _Rendering:
         logger.warning("video failed scene=%s video=%s", scene.scene.id, video_id)
         self._run.commit_failure(scene.scene.id, video_id, str(error))
         return Failed(scene.scene.id, video_id, str(error))
-
-
-def _header(plan: RenderPlan) -> RunHeader:
-    story = plan.story.model_dump(mode="json")
-    canonical = json.dumps(story, sort_keys=True, separators=(",", ":"))
-    return RunHeader(
-        story=story,
-        config=plan.config.model_dump(mode="json"),
-        story_hash=hashlib.sha256(canonical.encode()).hexdigest(),
-        config_hash=config_hash(plan.config),
-        bachvid=__version__,
-    )

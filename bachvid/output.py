@@ -5,6 +5,8 @@ It only makes files that are missing. Knows no order of work and imports no torc
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from bachvid.config import RenderConfig
-from bachvid.plan import ScenePlan, VideoPlan
+from bachvid import __version__
+from bachvid.config import RenderConfig, config_hash
+from bachvid.journal import RunHeader
+from bachvid.plan import RenderPlan, ScenePlan, VideoPlan
 from bachvid.rundir import RunDirectory, write_atomically
 from bachvid.story import IDENTITY_ID
 from bachvid.video import (
@@ -36,6 +40,19 @@ if TYPE_CHECKING:
     from bachvid.actors import MatchedTokens, RenderedVideo
 
 ENLARGEMENT = "enlargement"  # metadata key of an mp4
+
+
+def run_header(plan: RenderPlan) -> RunHeader:
+    """Say whose run it is that `plan` renders."""
+    story = plan.story.model_dump(mode="json")
+    canonical = json.dumps(story, sort_keys=True, separators=(",", ":"))
+    return RunHeader(
+        story=story,
+        config=plan.config.model_dump(mode="json"),
+        story_hash=hashlib.sha256(canonical.encode()).hexdigest(),
+        config_hash=config_hash(plan.config),
+        bachvid=__version__,
+    )
 
 
 def wanted_files(
@@ -63,7 +80,7 @@ def write_files(
     video: VideoPlan,
     rendered: RenderedVideo,
     identity: RenderedVideo,
-    metadata: Mapping[str, str | int | float],
+    config_sha256: str,
 ) -> dict[Path, str]:
     """Write `files` (by kind, as `wanted_files`) of one video; return the sha256 of each."""
     frames = rendered.frames
@@ -81,7 +98,14 @@ def write_files(
             path,
             fps=fps,
             crf=config.output.crf,
-            metadata={**metadata, ENLARGEMENT: factor},
+            metadata={
+                "bachvid": __version__,
+                "prompt": video.prompt.text,
+                "seed": video.seed,
+                "config_sha256": config_sha256,
+                "frames_sha256": rendered.frames_sha256,
+                ENLARGEMENT: factor,
+            },
         )
 
     def write_match(path: Path) -> None:

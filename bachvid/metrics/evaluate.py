@@ -108,16 +108,18 @@ class Twin(NamedTuple):
 
 def vanilla_twin(run: Path) -> Twin:
     """Return what `--against none` renders. Raises ConfigError if `run` is no run directory."""
-    header = read_run(run).header
-    config = RenderConfig.model_validate(header.config)
+    contents = read_run(run)
+    config = RenderConfig.model_validate(contents.header.config)
+    # Raw frames may have been added later: the header knows the first render only.
+    raw = any(contents.file(*key, f"frames/{key[1]}.npz") for key in contents.records)
     twin = config.model_copy(
         update={
             "method": config.method.model_copy(update={"name": "none"}),
-            "output": config.output.model_copy(update={"overlays": False}),
+            "output": config.output.model_copy(update={"overlays": False, "frames": raw}),
         }
     )
     # No scene can have this name: ids have no dot.
-    return Twin(Story.model_validate(header.story), twin, run / "against.none")
+    return Twin(Story.model_validate(contents.header.story), twin, run / "against.none")
 
 
 def evaluate_run(path: Path, *, judge: ReadClips | None = None) -> Evaluation:
