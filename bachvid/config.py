@@ -34,6 +34,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 SchedulerName = Literal["ddim", "dpm"]
 Branches = Literal["both", "cond"]
 MaskSoftmax = Literal["joint", "text"]
+MatchWithin = Literal["video", "foreground"]
 PrePassInjection = Literal["background", "none"]
 ProfileName = Literal["paper", "fast"]
 
@@ -93,6 +94,7 @@ class MethodConfig(_Section):
     pre_pass_injection: PrePassInjection | None = None
     match_threshold: Annotated[float, Field(ge=-1, le=1)] | None = None  # cosine similarity
     mask_softmax: MaskSoftmax | None = None
+    match_within: MatchWithin | None = None
     morphology: bool = False
     on_empty_mask: Literal["adapt", "fail"] = "adapt"
 
@@ -246,6 +248,7 @@ def _resolve_method(
         pre_pass_injection=profile.pre_pass_injection,
         match_threshold=profile.match_threshold,
         mask_softmax=profile.mask_softmax,
+        match_within=profile.match_within,
     )
 
 

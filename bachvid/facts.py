@@ -16,6 +16,7 @@ from bachvid.config import (
     Branches,
     Dtype,
     MaskSoftmax,
+    MatchWithin,
     ModelConfig,
     PrePassInjection,
     SchedulerName,
@@ -44,6 +45,7 @@ class ProfileFacts(BaseModel):
     pre_pass_injection: PrePassInjection
     match_threshold: float = Field(0.5, ge=-1, le=1)
     mask_softmax: MaskSoftmax = "joint"
+    match_within: MatchWithin = "video"
 
 
 class DefaultFacts(BaseModel):

@@ -416,8 +416,9 @@ BAD_OVERRIDES: dict[str, str] = {
     "method=fast": (
         "--set method=fast: method is a section; set one of method.branches, "
         "method.inject_steps, method.mask_layers, method.mask_softmax, method.mask_step, "
-        "method.match_layers, method.match_threshold, method.morphology, method.name, "
-        "method.on_empty_mask, method.pre_pass_injection, method.profile, method.vital_layers"
+        "method.match_layers, method.match_threshold, method.match_within, method.morphology, "
+        "method.name, method.on_empty_mask, method.pre_pass_injection, method.profile, "
+        "method.vital_layers"
     ),
     "method.profle=fast": (
         "--set method.profle=fast: unknown key 'method.profle'. Did you mean \"method.profile\"?"

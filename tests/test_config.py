@@ -83,6 +83,7 @@ def test_the_paper_profile_on_50_steps() -> None:
     assert (method.mask_step, method.inject_steps) == (5, (0, 26))
     assert (method.branches, method.pre_pass_injection) == ("both", "background")
     assert (method.match_threshold, method.mask_softmax) == (0.5, "joint")
+    assert method.match_within == "video"
 
 
 def test_the_fast_profile_on_50_steps() -> None:

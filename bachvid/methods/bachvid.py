@@ -26,7 +26,7 @@ from bachvid.methods.injection import (
     select_injected_tokens,
 )
 from bachvid.methods.masks import ForegroundMask, extract_foreground_mask, text_mass
-from bachvid.methods.matching import TokenMatch, match_tokens
+from bachvid.methods.matching import TokenMatch, match_tokens, match_within_foreground
 from bachvid.prompts import TokenizedPrompt
 
 logger = logging.getLogger(__name__)
@@ -241,10 +241,11 @@ class FrameInjector(MethodControl):
 
     def _match(self, frame_mask_N: Tensor) -> TokenMatch:
         layers = self._settings.match_layers
-        return match_tokens(
-            [self._observation.features[layer][frame_mask_N] for layer in layers],
-            [self._cache.features[layer] for layer in layers],
-        )
+        frame = [self._observation.features[layer][frame_mask_N] for layer in layers]
+        identity = [self._cache.features[layer] for layer in layers]
+        if self._settings.match_within == "video":
+            return match_tokens(frame, identity)
+        return match_within_foreground(frame, identity, self._cache.foreground_mask_N)
 
 
 class BachVid:

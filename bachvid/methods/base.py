@@ -34,6 +34,7 @@ class MethodSettings:
     pre_pass_injection: Literal["background", "none"]
     match_threshold: float
     mask_softmax: Literal["joint", "text"]
+    match_within: Literal["video", "foreground"]
     morphology: bool
     on_empty_mask: Literal["adapt", "fail"]
 
@@ -48,6 +49,7 @@ class MethodSettings:
         assert config.pre_pass_injection is not None
         assert config.match_threshold is not None
         assert config.mask_softmax is not None
+        assert config.match_within is not None
         return cls(
             vital_layers=config.vital_layers,
             mask_layers=config.mask_layers,
@@ -59,6 +61,7 @@ class MethodSettings:
             pre_pass_injection=config.pre_pass_injection,
             match_threshold=config.match_threshold,
             mask_softmax=config.mask_softmax,
+            match_within=config.match_within,
             morphology=config.morphology,
             on_empty_mask=config.on_empty_mask,
         )

@@ -57,3 +57,31 @@ def match_tokens(
     return TokenMatch(
         torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
     )
+
+
+def match_within_foreground(
+    frame_features: Sequence[Tensor], identity_features: Sequence[Tensor], identity_mask_M: Tensor
+) -> TokenMatch:
+    """Match frame tokens, all of them foreground, to foreground tokens of the identity video only.
+
+    In each video and layer the mean of the foreground is taken away first: it holds what the
+    whole character shares, and with it the parts of a character look alike. Shapes and memory as
+    in `match_tokens`; the index is one of all identity tokens. With no foreground in the identity
+    video every score is -1.
+    Departs: BachVid (arXiv 2510.21696v1), Eq. (7)-(8), compares with all tokens. A part that looks
+    different in both videos, as a hat of another colour, then often matches background.
+    """
+    identity_rows_P = identity_mask_M.nonzero().flatten()
+    if not len(identity_rows_P):
+        index_Q = torch.zeros(len(frame_features[0]), dtype=torch.int64)
+        return TokenMatch(index_Q, torch.full(index_Q.shape, -1.0))
+    match = match_tokens(
+        [_centre(x_QC) for x_QC in frame_features],
+        [_centre(x_MC[identity_rows_P.to(x_MC.device)]) for x_MC in identity_features],
+    )
+    return TokenMatch(identity_rows_P.to(match.index_Q.device)[match.index_Q], match.score_Q)
+
+
+def _centre(x_QC: Tensor) -> Tensor:
+    x_QC = x_QC.float()
+    return x_QC - x_QC.mean(dim=0)

@@ -51,6 +51,7 @@ SETTINGS = MethodSettings(
     pre_pass_injection="background",
     match_threshold=0.1,
     mask_softmax="joint",
+    match_within="video",
     morphology=False,
     on_empty_mask="adapt",
 )
@@ -307,6 +308,18 @@ def test_text_and_unmatched_rows_see_no_identity_keys() -> None:
     assert len(seeing) < LAYOUT.video_tokens
 
 
+def test_matched_within_the_foreground_every_foreground_token_finds_one() -> None:
+    settings = replace(SETTINGS, match_within="foreground", match_threshold=-1.0)
+    cache = render_identity(settings)
+    injector = frame_injector(settings, cache)
+    mask_N = injector.observation.foreground.mask_N
+    tokens = injector.injected
+    assert torch.equal(tokens.foreground_positions_Q, mask_N.nonzero().flatten())
+    assert bool(cache.foreground_mask_N[tokens.identity_index_Q].all())
+    whole = frame_injector(replace(settings, match_within="video"), cache).injected
+    assert len(whole.foreground_rows_Q) < len(tokens.foreground_rows_Q)
+
+
 def injected_sites(control: AttentionControl) -> set[AttentionSite]:
     qkv = plain_log(seed=2).qkv
     return {site for site, part in qkv.items() if control.extra(site, part)}
@@ -484,6 +497,7 @@ CONFIG = MethodConfig(
     pre_pass_injection="background",
     match_threshold=0.1,
     mask_softmax="joint",
+    match_within="video",
 )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bachvid.errors import LayoutError
-from bachvid.methods.matching import match_tokens
+from bachvid.methods.matching import match_tokens, match_within_foreground
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -92,3 +92,34 @@ def test_features_of_other_layers_or_models_are_refused(
 ) -> None:
     with pytest.raises(LayoutError, match="need the same match layers of the same model"):
         match_tokens(frame, identity)
+
+
+def test_a_match_within_the_foreground_equals_its_definition() -> None:
+    frame, identity = [normal(9, 8, seed=1)], [normal(17, 8, seed=2)]
+    mask_M = torch.zeros(17, dtype=torch.bool)
+    mask_M[[3, 4, 8, 11, 16]] = True
+    rows = mask_M.nonzero().flatten()
+    centred = [
+        [frame[0].double() - frame[0].double().mean(0)],
+        [identity[0][rows].double() - identity[0][rows].double().mean(0)],
+    ]
+    indices, scores = reference_match(*centred)
+    match = match_within_foreground(frame, identity, mask_M)
+    assert match.index_Q.tolist() == rows[indices].tolist()
+    torch.testing.assert_close(match.score_Q.double(), torch.tensor(scores).double())
+
+
+def test_what_all_of_a_character_shares_does_not_decide_a_match_within_the_foreground() -> None:
+    identity = [normal(12, 8, seed=3)]
+    shared = 1000 * normal(1, 8, seed=4)
+    mask_M = torch.ones(12, dtype=torch.bool)
+    match = match_within_foreground([identity[0] + shared], identity, mask_M)
+    assert match.index_Q.tolist() == list(range(12))
+
+
+def test_without_a_foreground_to_match_no_score_is_accepted() -> None:
+    match = match_within_foreground(
+        [normal(4, 8, seed=5)], [normal(6, 8, seed=6)], torch.zeros(6, dtype=torch.bool)
+    )
+    assert match.index_Q.tolist() == [0, 0, 0, 0]
+    assert match.score_Q.tolist() == [-1.0] * 4
