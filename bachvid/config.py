@@ -84,7 +84,7 @@ class MethodConfig(_Section):
     """What is recorded and injected. Layers and steps count from 0; ranges are half-open."""
 
     name: Literal["bachvid", "none"] = "bachvid"
-    profile: ProfileName = "paper"
+    profile: ProfileName = "fast"
     vital_layers: Layers | None = None
     mask_layers: Layers | None = None
     match_layers: Layers | None = None
