@@ -60,6 +60,7 @@ def settings(folder: Path, *overrides: str) -> RenderConfig:
             f"model.id={folder}",
             "model.threads=1",
             "sampling.num_steps=2",
+            "method.profile=paper",
             "method.mask_step=1",
             "method.inject_steps=[0, 2]",
             "output.min_height=32",

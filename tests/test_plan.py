@@ -72,6 +72,7 @@ def test_the_cache_scales_with_what_is_kept(
     story: Story, folder: Path, override: str, factor: float
 ) -> None:
     steps = ("sampling.num_steps=26", "method.inject_steps=[0, 13]", "method.mask_step=10")
+    steps = ("method.profile=paper", *steps)  # both branches
     base = plan_with(story, folder, *steps).cache_bytes
     assert base == 432 * 4 * 32 * 2 * 4 * 8 * 13 * 2
     assert plan_with(story, folder, *steps, override).cache_bytes == base * factor

@@ -150,6 +150,7 @@ def test_recording_an_identity_video_leaves_its_latents_bitwise_unchanged(
     folder: Path, model: VideoModel, scheduler: str
 ) -> None:
     overrides = ["sampling.num_steps=4", "method.mask_step=2", "method.inject_steps=[0, 3]"]
+    overrides.append("method.profile=paper")  # both branches
     config = resolve_config(RenderConfig.from_yaml(None, overrides), model.facts)
     run, store = run_of(model), MemoryKVStore()
     recorder = IdentityRecorder(
