@@ -73,8 +73,8 @@ def match_within_foreground(
     """
     identity_rows_P = identity_mask_M.nonzero().flatten()
     if not len(identity_rows_P):
-        index_Q = torch.zeros(len(frame_features[0]), dtype=torch.int64)
-        return TokenMatch(index_Q, torch.full(index_Q.shape, -1.0))
+        score_Q = torch.full((len(frame_features[0]),), -1.0, device=frame_features[0].device)
+        return TokenMatch(torch.zeros_like(score_Q, dtype=torch.int64), score_Q)
     match = match_tokens(
         [_centre(x_QC) for x_QC in frame_features],
         [_centre(x_MC[identity_rows_P.to(x_MC.device)]) for x_MC in identity_features],

@@ -188,6 +188,60 @@ def _drop_parts(labels: Tensor, generator: torch.Generator) -> list[tuple[int, i
     return [(row[0], row[1], row[2]) for row in kept.tolist()]
 
 
+def build_optimizers(model: TextToVideo) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the blocks and AdamW for all else, faster for the text."""
+    blocks = model.transformer.transformer_blocks
+    matrices = [
+        p
+        for name, p in blocks.named_parameters()
+        if p.ndim == 2 and (".attn1." in name or ".ff." in name)
+    ]
+    text = [*model.text_encoder.parameters(), *model.transformer.patch_embed.text_proj.parameters()]
+    taken = {id(p) for p in (*matrices, *text)}
+    others = [p for p in model.parameters() if id(p) not in taken]
+    return [
+        torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01),
+        torch.optim.AdamW(
+            [{"params": text, "lr": 3e-3}, {"params": others, "lr": 1.5e-3}],
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
+        ),
+    ]
+
+
+@torch.no_grad()
+def swapped_losses(
+    model: TextToVideo,
+    data: Latents,
+    prompts: Prompts,
+    noised: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> dict[str, float]:
+    """Return the loss at t 900, and how it rises when one part of the prompt is another's.
+
+    It shows what the model has learnt to follow long before its samples do.
+    """
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(len(data.latent), (48,), generator=generator)
+    clean = data.latent[rows]
+    noise = torch.randn(clean.shape, generator=generator)
+    timestep = torch.full((len(rows),), 900)
+    noisy, velocity = noised(clean, timestep, noise)
+    losses = []
+    for part in range(4):
+        labels = data.labels[rows].clone()
+        if part:
+            labels[:, part - 1] = (labels[:, part - 1] + 1) % len(ACTIONS)
+        ids, _ = prompts.batch([(a, b, c) for a, b, c in labels.tolist()])
+        with torch.autocast(noisy.device.type, torch.bfloat16):
+            predicted = model(noisy, timestep.to(noisy.device), ids.to(noisy.device))
+        losses.append(float((predicted.float() - velocity).square().mean()))
+    for processor in model.processors:
+        processor.text_logits = None
+    names = ("background", "character", "action")
+    rises = {name: loss - losses[0] for name, loss in zip(names, losses[1:], strict=True)}
+    return {"right": losses[0], **rises}
+
+
 def train_transformer(
     latents: Callable[[int], Latents],
     settings: Settings,
@@ -198,29 +252,8 @@ def train_transformer(
     """Train transformer and text encoder. `latents` gives the clips to learn from at a step."""
     torch.manual_seed(settings.seed)
     model = TextToVideo().to(settings.device)
-    blocks = model.transformer.transformer_blocks
-    matrices = [
-        p
-        for name, p in blocks.named_parameters()
-        if p.ndim == 2 and (".attn1." in name or ".ff." in name)
-    ]
-    text = [*model.text_encoder.parameters(), *model.transformer.patch_embed.text_proj.parameters()]
-    taken = {id(p) for p in (*matrices, *text)}
-    others = [p for p in model.parameters() if id(p) not in taken]
-    trainer = Trainer(
-        settings,
-        "transformer",
-        model,
-        [
-            torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01),
-            torch.optim.AdamW(
-                [{"params": text, "lr": 3e-3}, {"params": others, "lr": 1.5e-3}],
-                betas=(0.9, 0.98),
-                weight_decay=0.01,
-            ),
-        ],
-    )
-    for block in blocks:
+    trainer = Trainer(settings, "transformer", model, build_optimizers(model))
+    for block in model.transformer.transformer_blocks:
         block.compile()
     scheduler = storybook.build_scheduler()
     prompts = Prompts()
@@ -254,30 +287,8 @@ def train_transformer(
         mask = model.mask_loss(spans[whole], token_mask[whole])
         return {"loss": denoising + 0.1 * mask, "denoising": denoising, "mask": mask}
 
-    @torch.no_grad()
     def inspect(step: int) -> None:
-        """Log how much the loss at t = 900 rises when one part of the prompt is another's."""
-        data = latents(step)
-        generator = torch.Generator().manual_seed(1)
-        rows = torch.randint(len(data.latent), (48,), generator=generator)
-        clean = data.latent[rows]
-        noise = torch.randn(clean.shape, generator=generator)
-        timestep = torch.full((len(rows),), 900)
-        noisy, velocity = noised(clean, timestep, noise)
-        rise: dict[str, float] = {}
-        reference = 0.0
-        for part, name in enumerate(("right", "background", "character", "action")):
-            labels = data.labels[rows].clone()
-            if part:
-                labels[:, part - 1] = (labels[:, part - 1] + 1) % len(ACTIONS)
-            ids, _ = prompts.batch([(a, b, c) for a, b, c in labels.tolist()])
-            with torch.autocast(settings.device, torch.bfloat16):
-                predicted = model(noisy, timestep.to(settings.device), ids.to(settings.device))
-            loss = float((predicted.float() - velocity).square().mean())
-            rise[name] = round(loss - reference, 4)
-            reference = loss if part == 0 else reference
-        for processor in model.processors:
-            processor.text_logits = None
+        rise = swapped_losses(model, latents(step), prompts, noised)
         trainer.log(step=step, swapped="rise of the loss at t 900", **rise)
 
     def rate_at(step: int) -> float:

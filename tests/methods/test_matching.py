@@ -117,7 +117,7 @@ def test_what_all_of_a_character_shares_does_not_decide_a_match_within_the_foreg
     assert match.index_Q.tolist() == list(range(12))
 
 
-def test_without_a_foreground_to_match_no_score_is_accepted() -> None:
+def test_without_a_foreground_to_match_every_score_is_the_lowest() -> None:
     match = match_within_foreground(
         [normal(4, 8, seed=5)], [normal(6, 8, seed=6)], torch.zeros(6, dtype=torch.bool)
     )

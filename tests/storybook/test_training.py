@@ -16,6 +16,7 @@ from bachvid.storybook.train_transformer import (
     TextToVideo,
     encode_clips,
     pool_to_tokens,
+    swapped_losses,
     train_transformer,
 )
 from bachvid.storybook.train_vae import fold_latent_statistics, train_vae
@@ -115,6 +116,11 @@ def test_every_stage_trains_on_two_clips(tmp_path: Path) -> None:
     assert isinstance(latents, Latents)
     assert latents.latent.shape == (4, 3, storybook.LATENT_CHANNELS, 12, 12)
     before = TextToVideo().state_dict()
+    rises = swapped_losses(
+        TextToVideo(), latents, Prompts(), lambda clean, t, noise: (noise, clean)
+    )
+    assert rises["right"] > 0
+    assert rises["action"] == 0  # untrained: nothing comes out yet, whatever the prompt
     with torch.compiler.set_stance("force_eager"):  # compiling takes longer than the test
         assert train_transformer(lambda step: latents, settings, steps=2, decay_steps=1)
     trained = torch.load(tmp_path / "transformer.pt", weights_only=True)["module"]
