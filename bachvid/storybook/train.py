@@ -3,7 +3,8 @@
 Stages, in order: `clips` (render the world once), `vae`, `latents` (encode it once), `transformer`
 (with the text encoder), `judge`, `export`. Each goes on from its last checkpoint in DIR, logs to
 DIR/log.jsonl, and depends only on its seed and its number of steps, not on the clock; `--minutes`
-ends a call early, at a checkpoint.
+ends a call early, at a checkpoint. `shipped` makes first checkpoints of the weights in the package,
+to train them on: then `latents` and `transformer` follow `clips`.
 """
 
 from __future__ import annotations
@@ -83,6 +84,22 @@ def clips(settings: Settings, varied: int, easy: int) -> None:
 def vae(settings: Settings, steps: int) -> None:
     """Train the autoencoder."""
     train_vae(_clips(settings.work, "varied"), settings, steps)
+
+
+@main.command()
+@click.pass_obj
+def shipped(settings: Settings) -> None:
+    """Begin with the shipped autoencoder and transformer, at step 0 and without momentum."""
+    paths = [settings.work / f"{stage}.pt" for stage in ("vae", "transformer")]
+    if found := [path for path in paths if path.exists()]:
+        raise click.ClickException(f"{found[0]} exists: give a new folder as --work")
+    autoencoder = AutoencoderKLCogVideoX.from_pretrained(
+        storybook.WEIGHTS, subfolder="vae", torch_dtype=torch.float32
+    )
+    text_to_video = TextToVideo.shipped()
+    for path, module in zip(paths, (autoencoder, text_to_video), strict=True):
+        state = module.state_dict()
+        torch.save({"module": state, "average": state, "optimizers": None, "step": 0}, path)
 
 
 @main.command()

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLCogVideoX
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from torch import Tensor, nn
+from transformers import T5EncoderModel
 
 from bachvid.storybook import model as storybook
 from bachvid.storybook.training import Clips, Settings, Trainer, to_video, warm_then_decay
@@ -110,6 +111,21 @@ class TextToVideo(nn.Module):
         )
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    @classmethod
+    def shipped(cls) -> TextToVideo:
+        """Return the parts that lie in the package, in float32."""
+        model = cls()
+        parts: dict[str, type[CogVideoXTransformer3DModel | T5EncoderModel]] = {
+            "transformer": CogVideoXTransformer3DModel,
+            "text_encoder": T5EncoderModel,
+        }
+        for name, kind in parts.items():
+            part = kind.from_pretrained(
+                storybook.WEIGHTS, subfolder=name, torch_dtype=torch.float32
+            )
+            getattr(model, name).load_state_dict(part.state_dict())
+        return model
 
     def forward(self, latent: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
         """Predict v [B, F, C, h, w] of noised latents."""

@@ -97,8 +97,9 @@ class Trainer:
         if self.path.exists():
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             module.load_state_dict(state["module"])
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+            if state["optimizers"] is not None:  # the stage `shipped` has none
+                for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                    optimizer.load_state_dict(saved)
             self.average = {k: v.to(self.average[k].device) for k, v in state["average"].items()}
             self.step = state["step"]
 

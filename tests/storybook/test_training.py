@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bachvid.storybook import model as storybook
 from bachvid.storybook.judge import QUESTIONS, JudgeNetwork
+from bachvid.storybook.train import main
 from bachvid.storybook.train_judge import measure_judge, train_judge
 from bachvid.storybook.train_transformer import (
     Latents,
@@ -129,3 +132,36 @@ def test_every_stage_trains_on_two_clips(tmp_path: Path) -> None:
     assert train_judge(clips, few, settings, steps=2)
     accuracy = measure_judge(JudgeNetwork(), clips, 0)
     assert accuracy.keys() == {*QUESTIONS, "mask_iou"}
+
+
+def test_shipped_weights_can_be_trained_on(tmp_path: Path) -> None:
+    begin = CliRunner().invoke(main, ["--work", str(tmp_path), "shipped"])
+    assert begin.exit_code == 0, begin.output
+    states = {
+        stage: torch.load(tmp_path / f"{stage}.pt", weights_only=True)["average"]
+        for stage in ("vae", "transformer")
+    }
+    shipped = {
+        folder: load_file(storybook.WEIGHTS / folder / f"{name}.safetensors")
+        for folder, name in (
+            ("vae", "diffusion_pytorch_model"),
+            ("transformer", "diffusion_pytorch_model"),
+            ("text_encoder", "model"),
+        )
+    }
+    assert set(states["vae"]) == set(shipped["vae"])
+    for name, weight in shipped["vae"].items():
+        assert torch.equal(states["vae"][name].half(), weight)
+    for part in ("transformer", "text_encoder"):
+        for name, weight in shipped[part].items():
+            assert torch.equal(states["transformer"][f"{part}.{name}"].half(), weight)
+
+    settings = settings_in(tmp_path)
+    latents = encode_clips(storybook.build_vae(), render_clips(0, 4, "varied", workers=1), "cpu")
+    with torch.compiler.set_stance("force_eager"):
+        assert train_transformer(lambda step: latents, settings, steps=1, decay_steps=1)
+    again = CliRunner().invoke(main, ["--work", str(tmp_path), "shipped"])
+    assert (again.exit_code, again.output) == (
+        1,
+        f"Error: {tmp_path}/vae.pt exists: give a new folder as --work\n",
+    )
