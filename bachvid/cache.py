@@ -5,7 +5,7 @@ Knows no model and no method. Shape suffixes: see `bachvid.attention`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,13 +33,23 @@ class KVShard:
 
 
 class KVStore(Protocol):
-    """Where the shards of one identity video lie."""
+    """Where the shards of one identity video lie.
+
+    A run of a frame video reads the steps that it announced in rising order; within a step the
+    layers in rising order, within a layer the branches in the order of `IdentityCache.branches`.
+    """
 
     def put(self, shard: KVShard) -> None:
         """Keep a shard and own its tensors; one of the same site is replaced."""
 
+    def begin(self, steps: Sequence[int]) -> None:
+        """Announce the steps that the next run reads, so that a store that pulls can be ahead."""
+
     def get(self, site: AttentionSite) -> KVShard:
-        """Give the shard of `site`. Raises CacheMissError if there is none."""
+        """Give the shard of `site`, to be read before the next layer's is asked for.
+
+        Raises CacheMissError if there is none.
+        """
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +66,9 @@ class MemoryKVStore:
         """Keep a shard and own its tensors; one of the same site is replaced."""
         kept = KVShard(shard.site, shard.key_BMHD.cpu(), shard.value_BMHD.cpu())
         self._shards[shard.site] = kept
+
+    def begin(self, steps: Sequence[int]) -> None:
+        """Do nothing: every shard is here already."""
 
     def get(self, site: AttentionSite) -> KVShard:
         """Give the shard of `site`. Raises CacheMissError if there is none."""

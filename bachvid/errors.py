@@ -23,6 +23,14 @@ class CacheMissError(BachvidError, LookupError):
     """Identity keys and values that were never recorded, or are gone."""
 
 
+class CorruptShardError(CacheMissError):
+    """Identity keys and values whose bytes are no longer those that were recorded."""
+
+
+class LostShardError(CacheMissError):
+    """Identity keys and values that were published, and whose node or owner is gone since."""
+
+
 class WorkerError(BachvidError, RuntimeError):
     """A worker that failed while rendering."""
 

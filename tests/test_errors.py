@@ -17,8 +17,8 @@ KINDS = [
 ]
 
 
-def test_there_are_six_kinds() -> None:
-    assert len(KINDS) == 6
+def test_there_are_eight_kinds() -> None:
+    assert len(KINDS) == 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
