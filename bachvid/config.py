@@ -37,7 +37,9 @@ MaskSoftmax = Literal["joint", "text"]
 MatchWithin = Literal["video", "foreground"]
 PrePassInjection = Literal["background", "none"]
 ProfileName = Literal["paper", "fast"]
+CachePolicy = Literal["auto", "window", "retain"]
 
+INDECISIVE = ("output", "cache", "cluster")  # sections that do not decide the pixels
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 SectionT = TypeVar("SectionT", bound="_Section")
@@ -132,6 +134,24 @@ class OutputConfig(_Section):
     overlays: bool = True
 
 
+class CacheConfig(_Section):
+    """How long keys and values of an identity video are kept. Nothing here changes a pixel."""
+
+    policy: CachePolicy = "auto"
+    window: Count = 4  # steps of one scene kept at once, under the policy `window`
+    spill_gb: Annotated[float, Field(ge=0)] = 0  # of every node's disk, for caches under `retain`
+    directory: Annotated[str, Field(min_length=1)] | None = None  # to keep the caches in, as files
+
+
+class ClusterConfig(_Section):
+    """What is asked of a Ray cluster. Nothing here changes a pixel."""
+
+    workers: Count | None = None  # None: as many as the cluster has room for
+    cpus_per_worker: Count = 1
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | None = None  # None: 1 if there are GPUs
+    wait_seconds: Annotated[float, Field(ge=0)] = 10  # for the resources to come free
+
+
 class RenderConfig(_Section):
     """The whole config, one section for each owner."""
 
@@ -140,6 +160,8 @@ class RenderConfig(_Section):
     sampling: SamplingConfig = SamplingConfig()
     method: MethodConfig = MethodConfig()
     output: OutputConfig = OutputConfig()
+    cache: CacheConfig = CacheConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @classmethod
     def from_yaml(cls, path: Path | None, overrides: Sequence[str] = ()) -> RenderConfig:
@@ -198,14 +220,20 @@ def resolve_config(config: RenderConfig, facts: ModelFacts) -> RenderConfig:
         sampling=sampling,
         method=method,
         output=_filled(config.output, fps=defaults.fps),
+        cache=config.cache,
+        cluster=config.cluster,
     )
 
 
 def config_hash(resolved: RenderConfig) -> str:
-    """Give the SHA-256, in hex, of what decides the pixels: not output, device or threads."""
+    """Give the SHA-256, in hex, of what decides the pixels: not where, how or to what files."""
     decisive = resolved.model_dump(
         mode="json",
-        exclude={"output": True, "model": {"device", "threads"}, "method": {"profile"}},
+        exclude={
+            **dict.fromkeys(INDECISIVE, True),
+            "model": {"device", "threads"},
+            "method": {"profile"},
+        },
     )
     canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

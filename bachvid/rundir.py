@@ -28,6 +28,7 @@ from types import TracebackType
 
 from pydantic import JsonValue
 
+from bachvid.config import INDECISIVE
 from bachvid.errors import ConfigError, WorkerError
 from bachvid.journal import (
     JOURNAL,
@@ -278,7 +279,9 @@ def _pixels(config: JsonObject) -> JsonObject:
     model = config.get("model")
     kept = model.items() if isinstance(model, dict) else ()
     of_model: JsonObject = {key: v for key, v in kept if key not in ("threads", "device")}
-    return {key: value for key, value in config.items() if key != "output"} | {"model": of_model}
+    return {key: value for key, value in config.items() if key not in INDECISIVE} | {
+        "model": of_model
+    }
 
 
 def _differences(there: JsonValue, here: JsonValue, where: str = "") -> list[str]:

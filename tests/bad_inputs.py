@@ -262,11 +262,15 @@ BAD_EDITS: dict[str, tuple[str, str, str]] = {
 }
 
 BAD_CONFIGS: dict[str, tuple[str, str]] = {
-    "empty": ("", "CONFIG: is empty; it needs the keys model, video, sampling, method, output"),
+    "empty": (
+        "",
+        "CONFIG: is empty; it needs the keys model, video, sampling, method, output, cache, "
+        "cluster",
+    ),
     "list": (
         "- a\n",
         "CONFIG: is ['a']; it must be a mapping with the keys model, video, sampling, "
-        "method, output",
+        "method, output, cache, cluster",
     ),
     "unknown section": (
         "modle: {id: storybook}\n",
@@ -417,7 +421,8 @@ BAD_OVERRIDES: dict[str, str] = {
         "--set method=fast: method is a section; set one of method.branches, "
         "method.inject_steps, method.mask_layers, method.mask_softmax, method.mask_step, "
         "method.match_layers, method.match_threshold, method.match_within, method.morphology, "
-        "method.name, method.on_empty_mask, method.pre_pass_injection, method.profile, "
+        "method.name, method.on_empty_mask, method.pre_pass_injection, "
+        "method.pre_passes, method.profile, "
         "method.vital_layers"
     ),
     "method.profle=fast": (

@@ -76,6 +76,25 @@ def test_resolving_keeps_what_is_given() -> None:
     config = resolved("method.mask_step=7", "method.branches=cond", "video.height=320")
     assert (config.method.mask_step, config.method.branches) == (7, "cond")
     assert (config.video.height, config.video.width) == (320, 720)
+    config = resolved("cache.window=2", "cluster.workers=3")
+    assert (config.cache.window, config.cluster.workers) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "cache.policy=never",
+        "cache.window=0",
+        "cache.spill_gb=-1",
+        "cache.directory=''",
+        "cluster.workers=0",
+        "cluster.gpus_per_worker=2",
+        "cluster.wait_seconds=-1",
+    ],
+)
+def test_a_cache_or_cluster_that_cannot_be_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        RenderConfig.from_yaml(None, [override])
 
 
 def test_the_paper_profile_on_50_steps() -> None:
@@ -119,7 +138,15 @@ def test_the_hash_changes_with_what_changes_pixels(override: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["output.crf=30", "model.threads=3", "model.device=cpu", "method.mask_step=5"],
+    [
+        "output.crf=30",
+        "model.threads=3",
+        "model.device=cpu",
+        "method.mask_step=5",
+        "cache.policy=retain",
+        "cache.window=2",
+        "cluster.workers=3",
+    ],
 )
 def test_the_hash_stays_with_what_does_not(override: str) -> None:
     assert config_hash(resolved(override)) == config_hash(resolved())

@@ -118,6 +118,9 @@ def test_another_story_or_config_is_refused_by_name(tmp_path: Path) -> None:
     config = {**HEADER.config, "sampling": {"num_steps": 4}}
     with pytest.raises(ConfigError, match=r"sampling\.num_steps was 3, is 4\."):
         RunDirectory(tmp_path, replace(HEADER, config=config, config_hash="c"))
+    config |= {"cache": {"window": 2}, "cluster": {"workers": 3}}  # both may change
+    with pytest.raises(ConfigError, match=r"another run: sampling\.num_steps was 3, is 4\. Give"):
+        RunDirectory(tmp_path, replace(HEADER, config=config, config_hash="c"))
     with pytest.raises(ConfigError, match="the model's files differ"):
         RunDirectory(tmp_path, replace(HEADER, config_hash="c"))
 
