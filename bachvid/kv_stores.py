@@ -14,14 +14,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bachvid.attention import AttentionSite, Branch
 from bachvid.cache import SAME_CONFIG, KVShard
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
-from bachvid.kv_bytes import Bytes, checksum, key_and_value, piece_bytes
+from bachvid.kv_bytes import Bytes, checksum, copy_and_sum, key_and_value, piece_bytes
 
 FetchStep = Callable[[int, int], "PackedStep"]  # (run, step); waits until the step is there
 
@@ -247,15 +246,6 @@ class _StagedLayer:
         piece = pieces[self.sites.index(site)]
         return KVShard(site, *key_and_value(piece, dtype, torch.Size(self.header.shape)))
 
-    def damaged_site(self) -> AttentionSite | None:
-        """Give the first site whose staged bytes are not those that were packed."""
-        first = self.header.sites.index(self.sites[0])
-        pieces = self.slot.numpy().reshape(len(self.sites), -1)
-        for i, (site, piece) in enumerate(zip(self.sites, pieces, strict=True), start=first):
-            if checksum(piece) != self.header.checksums[i]:
-                return site
-        return None
-
 
 class _Pull:
     """The thread of one run: fetches its steps and stages their layers, as slots become free."""
@@ -304,11 +294,11 @@ class _Pull:
             slot = self._free.get()
             if self._stopped.is_set():
                 return
-            staged = _stage(packed, tuple(site for site in sites if site.layer == layer), slot)
-            if (damaged := staged.damaged_site()) is not None:
+            own = tuple(site for site in sites if site.layer == layer)
+            staged, damaged = _stage(packed, own, slot)
+            if damaged is not None:
                 packed = self._fetch(step)
-                staged = _stage(packed, staged.sites, staged.slot)
-                damaged = staged.damaged_site()
+                staged, damaged = _stage(packed, own, staged.slot)
             if damaged is not None:
                 raise CorruptShardError(
                     f"the identity keys and values of {_name(damaged)} are damaged, also when "
@@ -320,15 +310,21 @@ class _Pull:
 
 def _stage(
     packed: PackedStep, sites: tuple[AttentionSite, ...], slot: Tensor | None
-) -> _StagedLayer:
-    """Copy a layer's sites, which lie side by side, into `slot`, or into a new one."""
-    num_bytes = len(packed.payload) // len(packed.header.sites)
-    start = packed.header.sites.index(sites[0]) * num_bytes
-    given = packed.payload[start : start + len(sites) * num_bytes]
+) -> tuple[_StagedLayer, AttentionSite | None]:
+    """Copy a layer's sites into `slot`, or a new one; give also a site whose copy is damaged."""
+    header = packed.header
+    size = len(packed.payload) // len(header.sites)
     if slot is None:
-        slot = torch.empty(len(given), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    np.copyto(slot.numpy(), given)
-    return _StagedLayer(packed.header, sites, slot)
+        slot = torch.empty(
+            size * len(sites), dtype=torch.uint8, pin_memory=torch.cuda.is_available()
+        )
+    damaged = None
+    for site, target in zip(sites, slot.numpy().reshape(-1, size), strict=True):
+        place = header.sites.index(site)
+        source = packed.payload[place * size : (place + 1) * size]
+        if copy_and_sum(source, target) != header.checksums[place]:
+            damaged = site
+    return _StagedLayer(header, sites, slot), damaged
 
 
 def _name(site: AttentionSite) -> str:

@@ -82,6 +82,12 @@ def pull_threads() -> int:
     return sum(thread.name == "bachvid-pull" for thread in threading.enumerate())
 
 
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    wait_until(lambda: pull_threads() == 0)
+
+
 @pytest.mark.parametrize("branches", [("cond",), BOTH])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_pulled_is_bitwise_what_was_packed(
@@ -194,14 +200,13 @@ def test_sites_come_in_order_and_once() -> None:
 
 
 def test_a_new_run_drops_what_the_last_one_left_unread() -> None:
-    before = pull_threads()
     with open_store(lambda run, step: pack(step)) as store:
         store.begin((0, 2))
         store.get(AttentionSite(0, 1, "uncond"))
         store.begin((3,))
         site = AttentionSite(3, 1, "uncond")
         assert torch.equal(store.get(site).key_BMHD, shard_of(site).key_BMHD)
-        wait_until(lambda: pull_threads() == before + 1)
+        wait_until(lambda: pull_threads() == 1)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +267,7 @@ def test_what_fetch_raises_comes_out_of_get_every_time() -> None:
 
 
 def test_close_ends_the_thread_and_whoever_waits() -> None:
-    before, arrived, blocked = pull_threads(), threading.Event(), threading.Event()
+    arrived, blocked = threading.Event(), threading.Event()
 
     def fetch(run: int, step: int) -> PackedStep:
         arrived.set()
@@ -285,17 +290,16 @@ def test_close_ends_the_thread_and_whoever_waits() -> None:
         store.close()
         reader.join(10)
         assert "closed: render the video again" in str(failures)
+        assert pull_threads() == 1
         blocked.set()
-        wait_until(lambda: pull_threads() == before)
 
 
 def test_close_ends_a_thread_that_waits_for_a_free_slot() -> None:
-    before = pull_threads()
     with open_store(lambda run, step: pack(step)) as store:
         store.begin(STEPS)
         store.get(AttentionSite(0, 1, "uncond"))
-        assert pull_threads() == before + 1
-    wait_until(lambda: pull_threads() == before)
+        assert pull_threads() == 1
+    wait_until(lambda: pull_threads() == 0)
 
 
 def test_waiting_is_counted_and_only_waiting() -> None:
