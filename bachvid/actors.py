@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,13 +20,14 @@ from torch import Tensor
 
 from bachvid import __version__
 from bachvid.attention import RunContext
-from bachvid.cache import IdentityCache, MemoryKVStore
+from bachvid.cache import IdentityCache, KVStore
 from bachvid.config import RenderConfig, config_hash
 from bachvid.errors import WorkerError
-from bachvid.events import Phase
+from bachvid.events import Phase, RunStep
 from bachvid.facts import ModelFacts
+from bachvid.kv_stores import StepPacker
 from bachvid.methods import build_method
-from bachvid.methods.base import MethodControl
+from bachvid.methods.base import MethodControl, MethodSettings, Observation
 from bachvid.methods.injection import InjectedTokens
 from bachvid.methods.masks import MaskRecovery
 from bachvid.models.base import load_model
@@ -34,8 +35,6 @@ from bachvid.plan import VideoPlan
 from bachvid.prompts import Prompt, PromptTokenizer, TokenizedPrompt
 from bachvid.sampling import denoise
 from bachvid.video import Foreground, Frames
-
-OnStep = Callable[[Phase, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ class ModelWorker:
         self.model = load_model(config.model, facts)
         self.method = build_method(config.method, config_hash=config_hash(config))
         self.layout = self.model.layout(config.video)
-        self._embeds: dict[str, Tensor] = {}
+        self.embeds: dict[str, Tensor] = {}  # [1, T, C] by prompt; the negative one is needed too
         self._tokenizer: PromptTokenizer | None = None
 
     @property
@@ -97,12 +96,21 @@ class ModelWorker:
         negative = Prompt(self.config.sampling.negative_prompt)
         texts = {prompt.text: prompt for prompt in (negative, *prompts)}
         embeds_PTC = self.model.encode_prompts(list(texts.values()))
-        self._embeds = dict(zip(texts, torch.split(embeds_PTC, 1), strict=True))
+        self.embeds = dict(zip(texts, torch.split(embeds_PTC, 1), strict=True))
         self.model.free_text_encoder()
 
     def new_run(self) -> RunContext:
         """Return the context of one video, before its first step."""
         return RunContext(layout=self.layout, rotary=self.model.rotary(self.config.video))
+
+    def new_packer(self) -> StepPacker:
+        """Return a store that packs what an identity video records."""
+        settings = MethodSettings.from_config(self.config.method)
+        return StepPacker(
+            layers=settings.vital_layers,
+            branches=settings.branches,
+            config_hash=config_hash(self.config),
+        )
 
     def tokenize(self, video: VideoPlan) -> TokenizedPrompt:
         """Return the tokens of a video's prompt, from the plan where it has them."""
@@ -114,27 +122,19 @@ class ModelWorker:
         return self._tokenizer.tokenize(video.prompt)
 
     def denoise(
-        self,
-        run: RunContext,
-        video: VideoPlan,
-        control: MethodControl,
-        *,
-        phase: Phase,
-        on_step: OnStep,
-    ) -> Tensor:
-        """Denoise one video from its seed; a pre-pass ends at the mask step."""
-        stop_after = self.config.method.mask_step if phase == "pre_pass" else None
+        self, run: RunContext, video: VideoPlan, control: MethodControl, *, phase: Phase
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Denoise one video from its seed, step by step; a pre-pass ends at the mask step."""
         return denoise(
             self.model,
             run,
-            prompt_embeds=self._embeds[video.prompt.text],
-            negative_embeds=self._embeds[self.config.sampling.negative_prompt],
+            prompt_embeds=self.embeds[video.prompt.text],
+            negative_embeds=self.embeds[self.config.sampling.negative_prompt],
             noise=self.model.initial_noise(video.seed, self.config.video),
             noise_seed=video.seed,
             sampling=self.config.sampling,
             control=control,
-            stop_after=stop_after,
-            on_step=lambda step: on_step(phase, step),
+            stop_after=self.config.method.mask_step if phase == "pre_pass" else None,
         )
 
     def finish(
@@ -168,17 +168,34 @@ class IdentityVideoActor:
         self._worker = worker
 
     def render(
-        self, scene: str, video: VideoPlan, *, on_step: OnStep
-    ) -> tuple[RenderedVideo, IdentityCache]:
-        """Render the video. Raises WorkerError, naming video and step, whatever went wrong."""
-        worker, store, seconds = self._worker, MemoryKVStore(), dict[str, float]()
+        self,
+        scene: str,
+        video: VideoPlan,
+        store: KVStore,
+        *,
+        records: Sequence[Sequence[int]],
+    ) -> Generator[RunStep | IdentityCache, None, RenderedVideo]:
+        """Render the video: yield every step, and the cache as soon as the mask is known.
+
+        There is one run for each of `records`, which names the steps that it puts into `store`.
+        All but the last end with the mask step: they serve pre-passes, which end there too. The
+        cache is yielded in the first run.
+        Raises WorkerError, naming video and step, whatever goes wrong.
+        """
+        worker, seconds = self._worker, dict[str, float]()
         run = worker.new_run()
         with _blamed(scene, video, run):
-            control = worker.method.identity_control(run, worker.tokenize(video), store)
-            with _timed(seconds, "main_run"):
-                latents = worker.denoise(run, video, control, phase="main_run", on_step=on_step)
-            rendered = worker.finish(latents, control, seconds=seconds, cache_bytes=store.nbytes)
-            return rendered, control.cache(video.seed)
+            prompt = worker.tokenize(video)
+            for number, steps in enumerate(records):
+                control = worker.method.identity_control(run, prompt, store, steps=steps)
+                phase: Phase = "main_run" if number == len(records) - 1 else "pre_pass"
+                with _timed(seconds, phase):
+                    for step, reached in worker.denoise(run, video, control, phase=phase):
+                        latents = reached
+                        yield RunStep(number, step)
+                        if number == 0 and step == worker.config.method.mask_step:
+                            yield control.cache(video.seed)
+            return worker.finish(latents, control, seconds=seconds, cache_bytes=store.nbytes)
 
 
 class FrameVideoActor:
@@ -188,23 +205,37 @@ class FrameVideoActor:
         self._worker = worker
 
     def render(
-        self, scene: str, video: VideoPlan, cache: IdentityCache, *, on_step: OnStep
-    ) -> RenderedVideo:
-        """Render the video. Raises WorkerError, naming video and step, whatever went wrong."""
+        self, scene: str, video: VideoPlan, open_cache: Callable[[], IdentityCache]
+    ) -> Generator[RunStep, None, RenderedVideo]:
+        """Render the video: yield every step of all its runs, as `method.reads` counts them.
+
+        `open_cache` gives the cache when it is first needed; it may wait for the identity video.
+        Raises WorkerError, naming video and step, whatever goes wrong.
+        """
         worker, seconds = self._worker, dict[str, float]()
-        run = worker.new_run()
+        method, run = worker.method, worker.new_run()
+        observation: Observation | None = None
         with _blamed(scene, video, run):
             prompt = worker.tokenize(video)
-            pre_pass = worker.method.pre_pass_control(run, prompt, cache)
-            observation = None
-            if pre_pass is not None:
+            for number, steps in enumerate(method.reads[:-1]):
                 with _timed(seconds, "pre_pass"):
-                    worker.denoise(run, video, pre_pass, phase="pre_pass", on_step=on_step)
-                    observation = pre_pass.observation
+                    cache = _begin(open_cache(), steps) if steps else None
+                    control = method.pre_pass_control(run, prompt, cache, observation)
+                    for step, _ in worker.denoise(run, video, control, phase="pre_pass"):
+                        yield RunStep(number, step)
+                    observation = control.observation
             with _timed(seconds, "main_run"):  # matching belongs to it
-                control = worker.method.frame_control(run, prompt, cache, observation)
-                latents = worker.denoise(run, video, control, phase="main_run", on_step=on_step)
+                cache = _begin(open_cache(), method.reads[-1])
+                control = method.frame_control(run, prompt, cache, observation)
+                for step, reached in worker.denoise(run, video, control, phase="main_run"):
+                    latents = reached
+                    yield RunStep(len(method.reads) - 1, step)
             return worker.finish(latents, control, seconds=seconds, cache_bytes=cache.store.nbytes)
+
+
+def _begin(cache: IdentityCache, steps: Sequence[int]) -> IdentityCache:
+    cache.store.begin(steps)
+    return cache
 
 
 def array_sha256(array: NDArray[np.uint8]) -> str:
@@ -243,9 +274,10 @@ def _recovery_text(recovery: MaskRecovery) -> str:
 
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add to the seconds of a stage, which may come more than once."""
     start = time.perf_counter()
     yield
-    seconds[stage] = round(time.perf_counter() - start, 3)
+    seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The command line: parses, prints, sets up logging. Whatever is slow to import comes later.
 
-Exit codes: 0 done, 1 some videos failed, 2 bad input, 130 cancelled.
+Exit codes: 0 done, 1 some videos failed, 2 bad input, 130 cancelled by Ctrl-C, 143 by SIGTERM (as
+`ray job stop` sends it).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from bachvid.story import Story
 
 _TABLE_WIDTH = 120
-SOME_FAILED, BAD_INPUT, CANCELLED = 1, 2, 130
+SOME_FAILED, BAD_INPUT = 1, 2
+_CANCELLED = 128  # and the number of the signal, as shells count
 
 _STORY = click.argument("story", type=click.Path(path_type=Path))
 _CONFIG = click.option(
@@ -35,6 +37,9 @@ _CONFIG = click.option(
 )
 _SET = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As method.profile=fast."
+)
+_ADDRESS = click.option(
+    "--address", help='Ray cluster: "auto", "local" or host:port. Without it: this process alone.'
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 _VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Log every stage to stderr.")
@@ -72,10 +77,16 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="Run directory; runs/<name of STORY> if not given.",
 )
+@_ADDRESS
 @_SET
 @_VERBOSE
 def render(
-    story: Path, config: Path | None, out: Path | None, overrides: tuple[str, ...], verbose: bool
+    story: Path,
+    config: Path | None,
+    out: Path | None,
+    address: str | None,
+    overrides: tuple[str, ...],
+    verbose: bool,
 ) -> None:
     """Render STORY, or what is missing of it, into a run directory."""
     from bachvid.config import RenderConfig
@@ -83,16 +94,27 @@ def render(
 
     _configure_logging(verbose=verbose)
     loaded, settings = Story.load(story), RenderConfig.from_yaml(config, overrides)
-    _render(loaded, settings, out or Path("runs") / story.stem, source=str(story))
+    folder = out or Path("runs") / story.stem
+    _render(loaded, settings, folder, source=str(story), address=address)
 
 
 @main.command()
 @_STORY
 @_CONFIG
+@_ADDRESS
 @_SET
 @_JSON
-def plan(story: Path, config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print what rendering STORY would do: prompts, tokens, seeds, bytes and time."""
+def plan(
+    story: Path,
+    config: Path | None,
+    address: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Print what rendering STORY would do: prompts, tokens, seeds, bytes and time.
+
+    With --address also where: workers, waves and bytes on every node.
+    """
     import json
 
     from bachvid.config import RenderConfig
@@ -101,7 +123,12 @@ def plan(story: Path, config: Path | None, overrides: tuple[str, ...], as_json: 
     from bachvid.story import Story
 
     loaded, settings = Story.load(story), RenderConfig.from_yaml(config, overrides)
-    decided = render_plan(loaded, settings, source=str(story))
+    cluster = None
+    if address is not None:
+        from bachvid.ray_cluster import read_cluster
+
+        cluster = read_cluster(address)
+    decided = render_plan(loaded, settings, source=str(story), cluster=cluster)
     click.echo(json.dumps(plan_json(decided), indent=2) if as_json else plan_text(decided))
 
 
@@ -145,7 +172,9 @@ def check() -> None:
         sys.exit(SOME_FAILED)
 
 
-def _render(story: Story, config: RenderConfig, out: Path, *, source: str) -> None:
+def _render(
+    story: Story, config: RenderConfig, out: Path, *, source: str, address: str | None = None
+) -> None:
     """Render a story, showing how it goes. Exits unless every video is done."""
     from bachvid.driver import StoryRenderer
     from bachvid.events import Done, Failed
@@ -156,19 +185,18 @@ def _render(story: Story, config: RenderConfig, out: Path, *, source: str) -> No
     num_videos = sum(len(scene.videos) for scene in plan.scenes)
     done, failed = 0, 0
     with (
-        StoryRenderer(config, out) as renderer,
-        _cancelled_by_ctrl_c(renderer),
+        StoryRenderer(config, out, address=address) as renderer,
+        _cancelled_by_signals(renderer) as signals,
         open_progress(plan) as progress,
     ):
         for event in renderer.stream(story, source=source):
             progress.show(event)
             done += isinstance(event, Done)
             failed += isinstance(event, Failed)
-        cancelled = renderer.is_cancelled
     click.echo(f"{done} of {num_videos} videos in {out}", err=True)
-    if cancelled:
+    if signals:
         click.echo("Cancelled; render again to go on.", err=True)
-        sys.exit(CANCELLED)
+        sys.exit(_CANCELLED + signals[0])
     if failed:
         click.echo(f"{failed} failed, see {out}/manifest.json; render again to retry.", err=True)
         sys.exit(SOME_FAILED)
@@ -182,19 +210,29 @@ def _print_table(table: Table) -> None:
 
 
 @contextmanager
-def _cancelled_by_ctrl_c(renderer: StoryRenderer) -> Iterator[None]:
-    """End after the current step on the first Ctrl-C; the second one interrupts at once."""
-    original = signal.getsignal(signal.SIGINT)
+def _cancelled_by_signals(renderer: StoryRenderer) -> Iterator[list[int]]:
+    """End after the current step on the first Ctrl-C or SIGTERM; the next one interrupts at once.
+
+    Yields a list that the number of the signal will be in.
+    """
+    received: list[int] = []
+    originals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, original in originals.items():
+            signal.signal(number, original)
 
     def cancel(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, original)
+        restore()
+        received.append(number)
         renderer.cancel()
 
-    signal.signal(signal.SIGINT, cancel)
+    for number in originals:
+        signal.signal(number, cancel)
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGINT, original)
+        restore()
 
 
 def _configure_logging(*, verbose: bool) -> None:

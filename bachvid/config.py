@@ -93,7 +93,8 @@ class MethodConfig(_Section):
     mask_step: Annotated[int, Field(ge=0)] | None = None
     inject_steps: Steps | None = None  # [first, last)
     branches: Branches | None = None
-    pre_pass_injection: PrePassInjection | None = None
+    pre_passes: Count | None = None  # each but the first injects what the one before it found
+    pre_pass_injection: PrePassInjection | None = None  # in the first one
     match_threshold: Annotated[float, Field(ge=-1, le=1)] | None = None  # cosine similarity
     mask_softmax: MaskSoftmax | None = None
     match_within: MatchWithin | None = None
@@ -149,7 +150,7 @@ class ClusterConfig(_Section):
     workers: Count | None = None  # None: as many as the cluster has room for
     cpus_per_worker: Count = 1
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | None = None  # None: 1 if there are GPUs
-    wait_seconds: Annotated[float, Field(ge=0)] = 10  # for the resources to come free
+    wait_seconds: Annotated[float, Field(ge=0)] = 60  # for a worker to find room and start
 
 
 class RenderConfig(_Section):
@@ -239,19 +240,29 @@ def config_hash(resolved: RenderConfig) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def recorded_steps(method: MethodConfig) -> tuple[int, ...]:
-    """Give the steps of the identity video whose keys and values some frame video reads.
+def read_steps(method: MethodConfig) -> tuple[tuple[int, ...], ...]:
+    """Give, for every run of a frame video, the steps whose identity keys and values it reads.
 
-    `method` is resolved. A pre-pass that injects backgrounds reads steps 1 to `mask_step`.
+    `method` is resolved. The last run is the main run; those before it are pre-passes.
     """
     if method.name == "none":
-        return ()
+        return ((),)
     assert method.inject_steps is not None
     assert method.mask_step is not None
-    steps = set(range(*method.inject_steps))
-    if method.pre_pass_injection == "background":
-        steps |= set(range(1, method.mask_step + 1))
-    return tuple(sorted(steps))
+    assert method.pre_passes is not None
+    injected = tuple(range(*method.inject_steps))
+    first = tuple(range(1, method.mask_step + 1))  # by the mask of the step before
+    repeated = tuple(step for step in injected if step <= method.mask_step)
+    return (
+        first if method.pre_pass_injection == "background" else (),
+        *[repeated] * (method.pre_passes - 1),
+        injected,
+    )
+
+
+def recorded_steps(method: MethodConfig) -> tuple[int, ...]:
+    """Give the steps of the identity video whose keys and values some run reads."""
+    return tuple(sorted({step for steps in read_steps(method) for step in steps}))
 
 
 def _filled(section: SectionT, **defaults: object) -> SectionT:
@@ -273,6 +284,7 @@ def _resolve_method(
         mask_step=min(round(profile.mask_fraction * steps), steps - 1),
         inject_steps=(first, max(last, first + 1)),
         branches=profile.branches,
+        pre_passes=profile.pre_passes,
         pre_pass_injection=profile.pre_pass_injection,
         match_threshold=profile.match_threshold,
         mask_softmax=profile.mask_softmax,
@@ -299,6 +311,13 @@ def _check_method(method: MethodConfig, facts: ModelFacts, *, num_steps: int) ->
         raise ConfigError(
             f"method.inject_steps: is {list(method.inject_steps)}: it must end at "
             f"sampling.num_steps, {num_steps}, or before"
+        )
+    assert method.pre_passes is not None
+    if method.pre_passes > 1 and method.inject_steps[0] > method.mask_step:
+        raise ConfigError(
+            f"method.pre_passes: is {method.pre_passes}: a pre-pass ends with method.mask_step "
+            f"{method.mask_step}, before anything is injected (method.inject_steps "
+            f"{list(method.inject_steps)}), so a second one would repeat the first; set it to 1"
         )
 
 

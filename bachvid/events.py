@@ -10,6 +10,14 @@ Phase = Literal["pre_pass", "main_run"]
 
 
 @dataclass(frozen=True, slots=True)
+class RunStep:
+    """A worker has done a denoising step of a video; runs of a video count from 0."""
+
+    run: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Queued:
     """A video that this render will make."""
 

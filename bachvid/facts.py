@@ -42,6 +42,7 @@ class ProfileFacts(BaseModel):
     mask_fraction: float = Field(ge=0, lt=1)
     inject_fraction: tuple[float, float]
     branches: Branches
+    pre_passes: int = Field(1, ge=1)
     pre_pass_injection: PrePassInjection
     match_threshold: float = Field(0.5, ge=-1, le=1)
     mask_softmax: MaskSoftmax = "joint"

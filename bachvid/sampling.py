@@ -7,7 +7,7 @@ Shapes: B batch, F latent frames, T text tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -32,15 +32,14 @@ def denoise(
     sampling: SamplingConfig,
     control: AttentionControl | None = None,
     stop_after: int | None = None,
-    on_step: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Denoise `noise` [B, F, C, height, width] and return latents of the same shape.
+) -> Iterator[tuple[int, Tensor]]:
+    """Denoise `noise` [B, F, C, height, width]: yield each step and the latents that it leaves.
 
-    Every call starts afresh, so that a main run after a pre-pass is the run that it would have
-    been without one.
+    The last ones are the result. Closing the iterator ends the run. Every call starts afresh, so
+    that a main run after a pre-pass is the run that it would have been without one.
 
     Args:
-        model: its processors are restored when the run ends or fails.
+        model: its processors are restored when the run ends, fails or is closed.
         run: its step and branches are set before every forward.
         prompt_embeds: [B, T, C].
         negative_embeds: [B, T, C]; None only if guidance_scale <= 1, which means no guidance.
@@ -50,8 +49,7 @@ def denoise(
         sampling: complete, as `resolve_config` returns it.
         control: what a method does to attention; None leaves diffusers' own processors in place.
         stop_after: end a pre-pass at this step: the transformer runs on it, the scheduler does
-            not, and the latents that the transformer saw are returned.
-        on_step: called with each step when it is done; what it raises ends the run.
+            not, and the latents that the transformer saw are yielded.
     """
     assert sampling.num_steps is not None
     assert sampling.guidance_scale is not None
@@ -72,11 +70,9 @@ def denoise(
                     uncond, cond = prediction.chunk(2)
                     prediction = uncond + sampling.guidance_scale * (cond - uncond)
                 latents = solver.advance(step, prediction, latents).to(noise.dtype)
-            if on_step is not None:
-                on_step(step)
+            yield step, latents
             if step == stop_after:
                 break
-    return latents
 
 
 class _Solver(Protocol):

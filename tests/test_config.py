@@ -11,6 +11,7 @@ from bachvid.config import (
     MethodConfig,
     RenderConfig,
     config_hash,
+    read_steps,
     recorded_steps,
     resolve_config,
 )
@@ -121,8 +122,22 @@ def test_a_profile_fits_every_number_of_steps(num_steps: int, profile: str) -> N
     assert 0 <= method.inject_steps[0] < method.inject_steps[1] <= num_steps
 
 
-def test_recorded_steps_are_those_injected_and_those_of_the_pre_pass() -> None:
-    method = MethodConfig(inject_steps=(4, 6), mask_step=2, pre_pass_injection="background")
+def test_every_run_of_a_frame_video_reads_its_own_steps() -> None:
+    method = MethodConfig(
+        inject_steps=(1, 6), mask_step=2, pre_passes=1, pre_pass_injection="background"
+    )
+    assert read_steps(method) == ((1, 2), (1, 2, 3, 4, 5))
+    plain = method.model_copy(update={"pre_pass_injection": "none"})
+    assert read_steps(plain) == ((), (1, 2, 3, 4, 5))
+    repeated = plain.model_copy(update={"pre_passes": 3})
+    assert read_steps(repeated) == ((), (1, 2), (1, 2), (1, 2, 3, 4, 5))
+    assert read_steps(method.model_copy(update={"name": "none"})) == ((),)
+
+
+def test_recorded_steps_are_those_that_some_run_reads() -> None:
+    method = MethodConfig(
+        inject_steps=(4, 6), mask_step=2, pre_passes=1, pre_pass_injection="background"
+    )
     assert recorded_steps(method) == (1, 2, 4, 5)
     assert recorded_steps(method.model_copy(update={"pre_pass_injection": "none"})) == (4, 5)
     assert recorded_steps(method.model_copy(update={"name": "none"})) == ()

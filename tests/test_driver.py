@@ -249,7 +249,7 @@ def test_method_none_is_the_model_alone(
     plan = render_plan(STORY, settings(tiny_cogvideox_folder, "method.name=none"))
     worker = ModelWorker(plan.config, plan.facts)
     video = plan.scenes[0].frames[0]
-    latents = denoise(
+    *_, (_, latents) = denoise(
         worker.model,
         worker.new_run(),
         prompt_embeds=worker.model.encode_prompts([video.prompt]),

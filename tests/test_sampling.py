@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ class Louder(AttentionControl):
 
 
 class StepError(Exception):
-    """What a step callback raises in these tests."""
+    """What a control raises in these tests."""
 
 
 def load(folder: Path) -> VideoModel:
@@ -61,7 +63,7 @@ def run_of(model: VideoModel) -> RunContext:
     return RunContext(layout=model.layout(VIDEO), rotary=model.rotary(VIDEO))
 
 
-def sample(
+def steps_of(
     model: VideoModel,
     *,
     run: RunContext | None = None,
@@ -70,8 +72,7 @@ def sample(
     num_steps: int = 4,
     control: AttentionControl | None = None,
     stop_after: int | None = None,
-    on_step: Callable[[int], None] | None = None,
-) -> Tensor:
+) -> Iterator[tuple[int, Tensor]]:
     embeds = model.encode_prompts([PROMPT, Prompt("", ())])
     return denoise(
         model,
@@ -85,8 +86,12 @@ def sample(
         ),
         control=control,
         stop_after=stop_after,
-        on_step=on_step,
     )
+
+
+def sample(model: VideoModel, **how: Any) -> Tensor:
+    """Give the latents of the last step."""
+    return deque(steps_of(model, **how), maxlen=1)[0][1]
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
@@ -158,6 +163,7 @@ def test_recording_an_identity_video_leaves_its_latents_bitwise_unchanged(
         PromptTokenizer.load(model.facts).tokenize(PROMPT),
         MethodSettings.from_config(config.method),
         store=store,
+        steps=range(3),
         config_hash="",
     )
     actual = sample(model, run=run, scheduler=scheduler, control=recorder)
@@ -201,10 +207,9 @@ def test_a_pre_pass_ends_behind_the_forward_of_its_last_step(
     model: VideoModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observer = Observer()
-    steps: list[int] = []
-    actual = sample(model, control=observer, stop_after=1, on_step=steps.append)
+    (first, _), (second, actual) = steps_of(model, control=observer, stop_after=1)
     assert {site.step for site in observer.sites} == {0, 1}
-    assert steps == [0, 1]
+    assert (first, second) == (0, 1)
 
     inputs: list[Tensor] = []
     predict = model.predict
@@ -223,37 +228,53 @@ def test_dpm_noise_depends_on_the_noise_seed(model: VideoModel) -> None:
     embeds = model.encode_prompts([PROMPT, Prompt("", ())])
     noise = model.initial_noise(SEED, VIDEO)
     one, other = (
-        denoise(
-            model,
-            run_of(model),
-            prompt_embeds=embeds[:1],
-            negative_embeds=embeds[1:],
-            noise=noise,
-            noise_seed=seed,
-            sampling=SamplingConfig(scheduler="dpm", num_steps=4, guidance_scale=3.0),
-        )
+        deque(
+            denoise(
+                model,
+                run_of(model),
+                prompt_embeds=embeds[:1],
+                negative_embeds=embeds[1:],
+                noise=noise,
+                noise_seed=seed,
+                sampling=SamplingConfig(scheduler="dpm", num_steps=4, guidance_scale=3.0),
+            ),
+            maxlen=1,
+        )[0][1]
         for seed in (SEED, SEED + 1)
     )
     assert not torch.equal(one, other)
 
 
 def test_processors_come_back_when_a_step_fails(model: VideoModel) -> None:
-    def fail(step: int) -> None:
-        if step == 1:
-            raise StepError
+    class Failing(Observer):
+        def before(self, site: AttentionSite, qkv: QKV) -> QKV:
+            if site.step == 1:
+                raise StepError
+            return super().before(site, qkv)
 
     original = model.transformer.attn_processors
-    observer = Observer()
+    observer = Failing()
     with pytest.raises(StepError):
-        sample(model, control=observer, on_step=fail)
-    assert {site.step for site in observer.sites} == {0, 1}
+        sample(model, control=observer)
+    assert {site.step for site in observer.sites} == {0}
+    assert model.transformer.attn_processors == original
+
+
+def test_closing_a_run_ends_it_after_its_step(model: VideoModel) -> None:
+    original = model.transformer.attn_processors
+    observer = Observer()
+    steps = steps_of(model, control=observer)
+    next(steps)
+    assert model.transformer.attn_processors != original
+    steps.close()  # type: ignore[attr-defined]
+    assert {site.step for site in observer.sites} == {0}
     assert model.transformer.attn_processors == original
 
 
 def test_defaults_of_the_model_are_enough_to_sample(folder: Path, model: VideoModel) -> None:
     config = resolve_config(RenderConfig(model=ModelConfig(id=str(folder))), model.facts)
     embeds = model.encode_prompts([PROMPT, Prompt("", ())])
-    latents = denoise(
+    ((_, latents),) = denoise(
         model,
         RunContext(layout=model.layout(config.video), rotary=model.rotary(config.video)),
         prompt_embeds=embeds[:1],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -119,17 +120,18 @@ class IdentityRecorder(VideoObserver, IdentityControl):
         settings: MethodSettings,
         *,
         store: KVStore,
+        steps: Sequence[int],
         config_hash: str,
     ) -> None:
         super().__init__(run, prompt, settings)
-        self._store, self._config_hash = store, config_hash
+        self._store, self._steps, self._config_hash = store, frozenset(steps), config_hash
 
     def before(self, site: AttentionSite, qkv: QKV) -> QKV:
         """Put a copy of this site's video rows into the store, then look for the mask."""
         settings = self.settings
         if (
             site.layer in settings.vital_layers
-            and site.step in settings.recorded_steps
+            and site.step in self._steps
             and site.branch in settings.branches
         ):
             # Copies: a slice would keep the queries' memory, and the text's, alive.
@@ -248,6 +250,37 @@ class FrameInjector(MethodControl):
         return match_within_foreground(frame, identity, self._cache.foreground_mask_N)
 
 
+class RepeatedPrePass(VideoObserver):
+    """Observes a pre-pass that injects what the pre-pass before it found.
+
+    Not in the paper: the character of a plain pre-pass is another one than that of the main run,
+    and so are its mask and its matches. This one's is already like the identity's.
+    """
+
+    def __init__(
+        self,
+        run: RunContext,
+        prompt: TokenizedPrompt,
+        settings: MethodSettings,
+        *,
+        cache: IdentityCache,
+        observation: Observation,
+    ) -> None:
+        super().__init__(run, prompt, settings)
+        self._injector = FrameInjector(run, settings, cache=cache, observation=observation)
+        self._earlier = observation.recoveries
+
+    @property
+    def observation(self) -> Observation:
+        """What was seen of the video, with the recoveries of the pre-passes before."""
+        seen = super().observation
+        return replace(seen, recoveries=self._earlier + seen.recoveries)
+
+    def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
+        """Give foreground and background queries the identity keys that they see."""
+        return self._injector.extra(site, qkv)
+
+
 class BachVid:
     """The method of the paper, as one object for all scenes of a render."""
 
@@ -255,18 +288,33 @@ class BachVid:
         self._settings, self._config_hash = settings, config_hash
         self._has_warned = False
 
+    @property
+    def reads(self) -> tuple[tuple[int, ...], ...]:
+        """The steps whose identity keys and values each run of a frame video reads."""
+        return self._settings.reads
+
     def identity_control(
-        self, run: RunContext, prompt: TokenizedPrompt, store: KVStore
+        self, run: RunContext, prompt: TokenizedPrompt, store: KVStore, *, steps: Sequence[int]
     ) -> IdentityRecorder:
         """Record an identity video into `store`."""
         return IdentityRecorder(
-            run, prompt, self._settings, store=store, config_hash=self._config_hash
+            run, prompt, self._settings, store=store, steps=steps, config_hash=self._config_hash
         )
 
     def pre_pass_control(
-        self, run: RunContext, prompt: TokenizedPrompt, cache: IdentityCache | None
+        self,
+        run: RunContext,
+        prompt: TokenizedPrompt,
+        cache: IdentityCache | None,
+        observation: Observation | None = None,
     ) -> VideoObserver:
-        """Observe the first steps of a frame video; with background injection, if configured."""
+        """Observe the first steps of a frame video; with injection, if configured or repeated."""
+        if observation is not None:
+            assert cache is not None
+            self._check(run, cache)
+            return RepeatedPrePass(
+                run, prompt, self._settings, cache=cache, observation=observation
+            )
         if self._settings.pre_pass_injection == "none":
             return VideoObserver(run, prompt, self._settings)
         if cache is None:
@@ -284,7 +332,7 @@ class BachVid:
         cache: IdentityCache,
         observation: Observation | None,
     ) -> FrameInjector:
-        """Inject into a frame video; `observation` is that of its pre-pass."""
+        """Inject into a frame video; `observation` is that of its last pre-pass."""
         assert observation is not None
         self._check(run, cache)
         if run.rotary.is_none and not self._has_warned:

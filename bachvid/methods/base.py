@@ -6,7 +6,7 @@ A method knows attention sites, tokens and prompt parts; no model, no worker.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bachvid.attention import AttentionControl, Branch, RunContext
 from bachvid.cache import IdentityCache, KVStore
-from bachvid.config import MethodConfig, recorded_steps
+from bachvid.config import MethodConfig, read_steps, recorded_steps
 from bachvid.methods.injection import InjectedTokens
 from bachvid.methods.masks import ForegroundMask, MaskRecovery
 from bachvid.prompts import TokenizedPrompt
@@ -29,6 +29,7 @@ class MethodSettings:
     match_layers: tuple[int, ...]
     mask_step: int
     inject_steps: tuple[int, int]  # [first, last)
+    reads: tuple[tuple[int, ...], ...]  # by each run of a frame video; the last is the main run
     recorded_steps: tuple[int, ...]
     branches: tuple[Branch, ...]
     pre_pass_injection: Literal["background", "none"]
@@ -56,6 +57,7 @@ class MethodSettings:
             match_layers=config.match_layers,
             mask_step=config.mask_step,
             inject_steps=config.inject_steps,
+            reads=read_steps(config),
             recorded_steps=recorded_steps(config),
             branches=("uncond", "cond") if config.branches == "both" else ("cond",),
             pre_pass_injection=config.pre_pass_injection,
@@ -105,18 +107,30 @@ class IdentityControl(MethodControl):
 class Method(Protocol):
     """What is done to the attention of identity and frame videos."""
 
+    @property
+    def reads(self) -> tuple[tuple[int, ...], ...]:
+        """The steps whose identity keys and values each run of a frame video reads.
+
+        All runs but the last, the main run, are pre-passes and end with the mask step.
+        """
+
     def identity_control(
-        self, run: RunContext, prompt: TokenizedPrompt, store: KVStore
+        self, run: RunContext, prompt: TokenizedPrompt, store: KVStore, *, steps: Sequence[int]
     ) -> IdentityControl:
-        """Observe an identity video, and record into `store` what frame videos need."""
+        """Observe an identity video, and record into `store` what it shows at `steps`."""
 
     def pre_pass_control(
-        self, run: RunContext, prompt: TokenizedPrompt, cache: IdentityCache | None
-    ) -> MethodControl | None:
-        """Observe the first steps of a frame video, up to the mask step; None: no pre-pass.
+        self,
+        run: RunContext,
+        prompt: TokenizedPrompt,
+        cache: IdentityCache | None,
+        observation: Observation | None = None,
+    ) -> MethodControl:
+        """Observe the first steps of a frame video, up to the mask step.
 
-        `cache` may be None where the pre-pass injects nothing; then it can overlap the identity
-        run. Raises CacheMissError or LayoutError if the cache does not serve.
+        `cache` may be None where the pre-pass reads nothing; then it can overlap the identity
+        run. `observation` is that of the pre-pass before; None: this is the first.
+        Raises CacheMissError or LayoutError if the cache does not serve.
         """
 
     def frame_control(
@@ -126,7 +140,7 @@ class Method(Protocol):
         cache: IdentityCache,
         observation: Observation | None,
     ) -> MethodControl:
-        """Render a frame video, given what its pre-pass observed.
+        """Render a frame video, given what its last pre-pass observed.
 
         Raises CacheMissError or LayoutError if the cache does not serve.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from bachvid.attention import RunContext
@@ -18,18 +19,28 @@ class Vanilla:
         self._settings = replace(settings, vital_layers=(), match_layers=(), recorded_steps=())
         self._config_hash = config_hash
 
+    @property
+    def reads(self) -> tuple[tuple[int, ...], ...]:
+        """Nothing is read, in one run."""
+        return self._settings.reads
+
     def identity_control(
-        self, run: RunContext, prompt: TokenizedPrompt, store: KVStore
+        self, run: RunContext, prompt: TokenizedPrompt, store: KVStore, *, steps: Sequence[int]
     ) -> IdentityRecorder:
         """Observe an identity video; nothing is put into `store`."""
         return IdentityRecorder(
-            run, prompt, self._settings, store=store, config_hash=self._config_hash
+            run, prompt, self._settings, store=store, steps=steps, config_hash=self._config_hash
         )
 
     def pre_pass_control(
-        self, run: RunContext, prompt: TokenizedPrompt, cache: IdentityCache | None
-    ) -> None:
-        """Vanilla videos have no pre-pass."""
+        self,
+        run: RunContext,
+        prompt: TokenizedPrompt,
+        cache: IdentityCache | None,
+        observation: Observation | None = None,
+    ) -> VideoObserver:
+        """Observe; never called, because there is one run only."""
+        return VideoObserver(run, prompt, self._settings)
 
     def frame_control(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from bachvid.attention import (
     AttentionControl,
     AttentionSite,
     Branch,
+    KVGroup,
     Rotary,
     RunContext,
     attend,
@@ -27,7 +29,7 @@ from bachvid.errors import CacheMissError, LayoutError, WorkerError
 from bachvid.methods import build_method
 from bachvid.methods.bachvid import BachVid, FrameInjector, PrePassInjector, VideoObserver
 from bachvid.methods.base import Method, MethodSettings, Observation
-from bachvid.methods.masks import ForegroundMask
+from bachvid.methods.masks import ForegroundMask, MaskRecovery
 from bachvid.methods.vanilla import Vanilla
 from bachvid.prompts import TokenizedPrompt
 from bachvid.tokens import TokenLayout
@@ -46,6 +48,7 @@ SETTINGS = MethodSettings(
     match_layers=(1, 2),
     mask_step=2,
     inject_steps=(0, 4),
+    reads=((1, 2), (0, 1, 2, 3)),
     recorded_steps=(0, 1, 2, 3),
     branches=("uncond", "cond"),
     pre_pass_injection="background",
@@ -113,7 +116,9 @@ def method(settings: MethodSettings = SETTINGS) -> BachVid:
 
 def render_identity(settings: MethodSettings = SETTINGS) -> IdentityCache:
     run = new_run()
-    control = method(settings).identity_control(run, PROMPT, MemoryKVStore())
+    control = method(settings).identity_control(
+        run, PROMPT, MemoryKVStore(), steps=settings.recorded_steps
+    )
     TinyTransformer().render(run, control, seed=1)
     return control.cache(seed=1)
 
@@ -194,7 +199,7 @@ def reference_out(qkv: QKV, shard: KVShard, injector: FrameInjector) -> Tensor:
 def test_recording_leaves_the_video_unchanged() -> None:
     run = new_run()
     expected = TinyTransformer().render(run, AttentionControl(), seed=1)
-    control = method().identity_control(run, PROMPT, MemoryKVStore())
+    control = method().identity_control(run, PROMPT, MemoryKVStore(), steps=())
     actual = TinyTransformer().render(run, control, seed=1)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
@@ -221,7 +226,7 @@ def test_the_recorder_keeps_vital_layers_recorded_steps_and_its_branches(
 
 def test_the_recorder_copies_and_hands_on_what_it_was_given() -> None:
     run, store = new_run(), MemoryKVStore()
-    control = method().identity_control(run, PROMPT, store)
+    control = method().identity_control(run, PROMPT, store, steps=SETTINGS.recorded_steps)
     site = AttentionSite(0, 1, "cond")
     qkv = plain_log(seed=1).qkv[site]
     before = QKV(*(x.clone() for x in qkv))
@@ -264,7 +269,7 @@ def test_identity_and_pre_pass_observe_alike() -> None:
 
 def test_a_run_that_ended_too_early_has_no_observation() -> None:
     run = new_run()
-    control = method().identity_control(run, PROMPT, MemoryKVStore())
+    control = method().identity_control(run, PROMPT, MemoryKVStore(), steps=())
     TinyTransformer().render(run, control, seed=1, stop_after=1)
     with pytest.raises(WorkerError, match="must go through step 2, and its model through the"):
         control.cache(seed=1)
@@ -419,6 +424,39 @@ def test_a_pre_pass_without_injection_needs_no_cache_and_one_mask() -> None:
     assert injected_sites(control) == set()
 
 
+def test_a_repeated_pre_pass_sees_the_video_of_the_main_run() -> None:
+    settings, cache = replace(SETTINGS, pre_pass_injection="none"), render_identity()
+    first = observe(settings, None)
+    run, main_run = new_run(), new_run()
+    control = method(settings).pre_pass_control(run, PROMPT, cache, first)
+    TinyTransformer().render(run, control, seed=2, stop_after=2)
+    injector = method(settings).frame_control(main_run, PROMPT, cache, first)
+    assert injected_sites(control) == injected_sites(injector)
+
+    class Logged(SiteLog):
+        def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
+            return injector.extra(site, qkv)
+
+    log = Logged()
+    TinyTransformer().render(main_run, log, seed=2)
+    for layer, feature_NC in control.observation.features.items():
+        seen = log.out[AttentionSite(2, layer, "cond")][0, LAYOUT.video_rows]
+        assert torch.equal(feature_NC, seen)
+        assert not torch.equal(feature_NC, first.features[layer])
+
+
+def test_a_repeated_pre_pass_keeps_the_recoveries_of_the_one_before() -> None:
+    settings, cache = replace(SETTINGS, pre_pass_injection="none"), render_identity()
+    first = observe(settings, None)
+    found = MaskRecovery(step=2, found="empty", remedy="background_only", threshold=None)
+    run = new_run()
+    control = method(settings).pre_pass_control(
+        run, PROMPT, cache, replace(first, recoveries=(found,))
+    )
+    TinyTransformer().render(run, control, seed=2, stop_after=2)
+    assert control.observation.recoveries == (found,)
+
+
 def test_a_main_run_restarts_as_if_there_had_been_no_pre_pass() -> None:
     settings, run = replace(SETTINGS, pre_pass_injection="none"), new_run()
     control = method(settings).pre_pass_control(run, PROMPT, None)
@@ -467,7 +505,7 @@ def test_empty_masks_are_recovered_and_reported() -> None:
 
 def test_two_videos_in_one_batch_are_refused() -> None:
     run = RunContext(LAYOUT, table(), step=2, branches=("cond",))
-    control = method().identity_control(run, PROMPT, MemoryKVStore())
+    control = method().identity_control(run, PROMPT, MemoryKVStore(), steps=())
     qkv = QKV(*torch.randn(3, 2, LAYOUT.joint_tokens, HEADS, WIDTH))
     with pytest.raises(LayoutError, match="2 videos in one batch"):
         controlled_attention(run, control, 0, qkv)
@@ -494,6 +532,7 @@ CONFIG = MethodConfig(
     mask_step=2,
     inject_steps=(0, 4),
     branches="both",
+    pre_passes=1,
     pre_pass_injection="background",
     match_threshold=0.1,
     mask_softmax="joint",
@@ -505,7 +544,11 @@ def test_a_resolved_config_becomes_settings() -> None:
     assert MethodSettings.from_config(CONFIG) == SETTINGS
     cond = CONFIG.model_copy(update={"branches": "cond", "inject_steps": (4, 6)})
     expected = replace(
-        SETTINGS, branches=("cond",), inject_steps=(4, 6), recorded_steps=(1, 2, 4, 5)
+        SETTINGS,
+        branches=("cond",),
+        inject_steps=(4, 6),
+        reads=((1, 2), (4, 5)),
+        recorded_steps=(1, 2, 4, 5),
     )
     assert MethodSettings.from_config(cond) == expected
 
@@ -520,11 +563,11 @@ def test_vanilla_observes_masks_and_changes_nothing() -> None:
     vanilla: Method = build_method(CONFIG.model_copy(update={"name": "none"}), config_hash="c")
     run, store = new_run(), MemoryKVStore()
     plain = TinyTransformer().render(run, AttentionControl(), seed=2)
-    identity = vanilla.identity_control(run, PROMPT, store)
+    identity = vanilla.identity_control(run, PROMPT, store, steps=())
     assert torch.equal(TinyTransformer().render(run, identity, seed=2), plain)
     cache = identity.cache(seed=2)
     assert (store.nbytes, cache.layers, cache.features) == (0, (), {})
-    assert vanilla.pre_pass_control(run, PROMPT, cache) is None
+    assert vanilla.reads == ((),)  # one run, without a pre-pass
     frame = vanilla.frame_control(run, PROMPT, cache, None)
     assert isinstance(frame, VideoObserver)
     assert torch.equal(TinyTransformer().render(run, frame, seed=2), plain)

@@ -1,0 +1,88 @@
+"""Being connected to a Ray cluster, and what it consists of.
+
+Imported lazily: importing Ray takes half a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from bachvid.cluster import ClusterFacts
+from bachvid.errors import ConfigError
+
+LOCAL = "local"
+
+# What workers on other nodes need of the driver's environment; Ray forwards nothing by itself.
+_FORWARDED = ("HF_", "NCCL_", "TORCH_NCCL_", "CUDA_DEVICE_", "BACHVID_")
+
+
+@contextmanager
+def connected(address: str) -> Iterator[ClusterFacts]:
+    """Be connected to the cluster at `address` ("local": start one, and end it after the block).
+
+    A process that called `ray.init` itself stays connected as it is, and `address` is ignored.
+    Raises ConfigError if there is no cluster.
+    """
+    if ray.is_initialized():
+        yield _facts()
+        return
+    _connect(address)
+    try:
+        yield _facts()
+    finally:
+        ray.shutdown()
+
+
+def read_cluster(address: str) -> ClusterFacts:
+    """Look at a cluster. Raises ConfigError if there is none."""
+    with connected(address) as facts:
+        return facts
+
+
+def _facts() -> ClusterFacts:
+    return ClusterFacts.from_ray(ray.nodes())
+
+
+def _connect(address: str) -> None:
+    names = [name for name in os.environ if name.startswith(_FORWARDED)]
+    options: dict[str, Any] = {
+        "address": address,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": {name: os.environ[name] for name in names}},
+    }
+    if address == LOCAL:
+        # Loopback: a cluster of one machine is nobody else's business.
+        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    try:
+        with _own_signal_handlers():
+            ray.init(**options)
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise ConfigError(
+            f"--address {address}: no Ray cluster answers: {reason}; give the address of a head "
+            f'node (host:port), "auto" on a machine of the cluster, or "local"'
+        ) from error
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Keep the handlers of this process: `ray.init` installs its own for SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

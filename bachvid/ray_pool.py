@@ -1,0 +1,396 @@
+"""A pool of Ray actors: placed, started again when they die, and fed with what they read.
+
+The driver's process owns all that workers publish: keys and values are items of a streaming
+generator, so they outlive the worker that made them (what an actor itself puts into the store
+dies with it). Only public Ray calls. What Ray raises becomes a message or one of our errors.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
+
+from bachvid.cluster import ExecutionPlan
+from bachvid.config import RenderConfig, read_steps
+from bachvid.errors import WorkerError
+from bachvid.plan import RenderPlan
+from bachvid.pool import (
+    Broken,
+    CacheLost,
+    Finished,
+    Job,
+    Message,
+    Recorded,
+    Stepped,
+    WorkerLost,
+)
+from bachvid.prompts import Prompt
+from bachvid.publication import Publication
+from bachvid.ray_worker import Note, RayWorker
+from bachvid.schedule import Slot
+
+logger = logging.getLogger(__name__)
+
+# Never started again by Ray: a worker that comes back has no model and no job.
+_ACTOR: Any = ray.remote(concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0)(
+    RayWorker
+)
+_POLL_SECONDS = 0.2  # how long a cancelled render may take to notice
+_MOST_LOSSES_IN_A_ROW = 10  # of workers, before somebody must look at it
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A job on its worker. `follows` announces that the next item is no note."""
+
+    number: int
+    job: Job
+    items: Iterator[ray.ObjectRef[Any]]
+    follows: Note | None = None
+    is_aborted: bool = False
+    credit: int = 0
+
+
+@dataclass(slots=True)
+class _Worker:
+    """An actor. `starting` is the call that is awaited while it is placed, then loads."""
+
+    id: int
+    actor: Any
+    starting: ray.ObjectRef[Any] | None
+    since: float
+    node: str = ""
+    made_with: Mapping[str, str] | None = None
+    stream: _Stream | None = None
+
+
+@dataclass(slots=True)
+class _Scene:
+    """A scene's publication; jobs read by their number."""
+
+    publication: Publication[int, ray.ObjectRef[Any]]
+    cache: ray.ObjectRef[Any] | None = None
+
+
+class RayPool:
+    """Workers on a cluster that `ray.init` has been called for.
+
+    Raises WorkerError if no worker can be placed within `cluster.wait_seconds`.
+    """
+
+    def __init__(self, plan: RenderPlan, execution: ExecutionPlan) -> None:
+        self._plan, self._execution = plan, execution
+        self._reads = read_steps(plan.config.method)
+        self._settings = plan.config.cluster
+        self._workers: dict[int, _Worker] = {}
+        self._scenes: dict[str, _Scene] = {}
+        self._embeds: dict[str, ray.ObjectRef[Any]] = {}
+        self._next_worker = self._next_number = self._losses = 0
+        bundle = {"CPU": self._settings.cpus_per_worker, "GPU": execution.gpus_per_worker}
+        self._resources = {name: count for name, count in bundle.items() if count}
+        # The gang of an identity video: on one node, where frame videos are placed first, too.
+        self._gang: PlacementGroup = placement_group(
+            [self._resources],
+            strategy="STRICT_PACK",
+            bundle_label_selector=[{"ray.io/node-id": execution.nodes[0].id}],
+        )
+        self._spawn(PlacementGroupSchedulingStrategy(self._gang, placement_group_bundle_index=0))
+        for node in execution.nodes:
+            is_first = node is execution.nodes[0]
+            for _ in range(node.workers - is_first):
+                self._spawn(NodeAffinitySchedulingStrategy(node.id, soft=True))
+
+    @property
+    def idle(self) -> Sequence[Slot]:
+        """Workers whose model is loaded and that have no job."""
+        return [
+            Slot(worker.id, worker.node)
+            for worker in self._workers.values()
+            if worker.starting is None and worker.stream is None
+        ]
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that are alive or being started."""
+        return len(self._workers)
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether a worker is being placed, or loads its model."""
+        return any(worker.starting is not None for worker in self._workers.values())
+
+    def encode(self, prompts: Sequence[Prompt]) -> None:
+        """Encode the prompts on one worker; the embeddings outlive it. Raises WorkerError."""
+        negative = Prompt(self._plan.config.sampling.negative_prompt)
+        texts = {p.text: p for p in (negative, *prompts) if p.text not in self._embeds}
+        while not self.idle:
+            self.wait()
+        worker = self._workers[self.idle[0].worker]
+        items = worker.actor.encode.options(num_returns="streaming").remote(list(texts.values()))
+        try:
+            for text, ref in zip(texts, items, strict=True):
+                self._embeds[text] = ref
+            ray.wait(list(self._embeds.values()), num_returns=len(self._embeds), fetch_local=False)
+        except RayError as error:
+            raise WorkerError(
+                f"the prompts could not be encoded: {_first_line(error)}; render again"
+            ) from error
+
+    def start(self, worker: int, job: Job) -> None:
+        """Give a job to an idle worker; a frame video also all that it reads and that is there."""
+        number, self._next_number = self._next_number, self._next_number + 1
+        actor = self._workers[worker].actor
+        is_window = self._execution.policy == "window"
+        texts = (job.video.prompt.text, self._plan.config.sampling.negative_prompt)
+        given = (
+            number,
+            job.scene.scene.id,
+            job.video,
+            {text: self._embeds[text] for text in texts},
+        )
+        scene = self._scene_of(job)
+        if job.is_identity:
+            items = actor.identity.options(num_returns="streaming").remote(
+                *given, records=scene.publication.records, first=scene.publication.dropped
+            )
+        else:
+            items = actor.frame.options(num_returns="streaming").remote(
+                *given, is_window=is_window, cache_bytes=self._plan.cache_bytes
+            )
+            scene.publication.join(number)
+            if scene.cache is not None:
+                actor.send.remote(number, cache=scene.cache)
+            keys = scene.publication.keys
+            parts = {keys[part]: ref for part, ref in scene.publication.parts.items()}
+            actor.send.remote(number, parts=parts)
+        self._workers[worker].stream = _Stream(number, job, items)
+
+    def wait(self) -> Sequence[Message]:
+        """Wait for what any worker says. Raises WorkerError when the last one is gone."""
+        self._give_credit()
+        awaited: dict[Any, _Worker] = {}
+        for worker in self._workers.values():
+            if worker.starting is not None:
+                awaited[worker.starting] = worker
+            elif worker.stream is not None:
+                awaited[worker.stream.items] = worker
+        ready, _ = ray.wait(list(awaited), timeout=_POLL_SECONDS, fetch_local=False)
+        if len(awaited) > 1:
+            ready, _ = ray.wait(
+                list(awaited), num_returns=len(awaited), timeout=0, fetch_local=False
+            )
+        messages: list[Message] = []
+        for item in ready:
+            worker = awaited[item]
+            if worker.id in self._workers:  # not given up because of an item before
+                messages += self._started(worker) if worker.starting else self._advance(worker)
+        self._give_up_on_unplaced()
+        return messages
+
+    def abort(self, job: Job) -> None:
+        """End a running job after its step; its worker is idle then."""
+        for worker in self._workers.values():
+            stream = worker.stream
+            if stream is not None and stream.job == job and not stream.is_aborted:
+                stream.is_aborted = True
+                worker.actor.send.remote(stream.number, abort=True)
+                self._leave(stream)
+
+    def forget(self, scene: str) -> None:
+        """Free the identity cache of a scene."""
+        self._scenes.pop(scene, None)
+
+    def close(self) -> None:
+        """Kill the workers and give back what they held."""
+        for worker in self._workers.values():
+            ray.kill(worker.actor)
+        self._workers.clear()
+        self._scenes.clear()
+        self._embeds.clear()
+        remove_placement_group(self._gang)
+
+    def _scene_of(self, job: Job) -> _Scene:
+        """Return the scene's publication; a new one for an identity video that nobody waits for."""
+        name = job.scene.scene.id
+        known = self._scenes.get(name)
+        is_window = self._execution.policy == "window"
+        if known is None or (job.is_identity and is_window and not known.publication.readers):
+            known = self._scenes[name] = _Scene(Publication(self._reads, window=self._plan.window))
+        return known
+
+    def _give_credit(self) -> None:
+        """Let identity videos publish; after all of a wave are started, so that all are counted."""
+        for worker in self._workers.values():
+            stream = worker.stream
+            if stream is None or not stream.job.is_identity or stream.is_aborted:
+                continue
+            credit = self._scene_of(stream.job).publication.credit
+            if credit > stream.credit:
+                stream.credit = credit
+                worker.actor.send.remote(stream.number, credit=credit)
+
+    def _advance(self, worker: _Worker) -> list[Message]:
+        """Take the next item of a worker's stream, which is there."""
+        stream = worker.stream
+        assert stream is not None
+        try:
+            ref = next(stream.items)
+            announced, stream.follows = stream.follows, None
+            if announced is not None:
+                return [] if stream.is_aborted else self._published(stream, announced, ref)
+            note: Note = ray.get(ref)
+        except StopIteration:
+            worker.stream = None
+            return []
+        except RayActorError as error:
+            return self._lost(worker, _first_line(error))
+        except RayError as error:
+            worker.stream = None
+            self._leave(stream)
+            broken = Broken(stream.job, f"its worker failed: {_first_line(error)}")
+            return [] if stream.is_aborted else [broken]
+        if stream.is_aborted:
+            return []
+        return self._heard(worker, stream, note)
+
+    def _heard(self, worker: _Worker, stream: _Stream, note: Note) -> list[Message]:
+        job = stream.job
+        if note.step is not None:
+            if not job.is_identity:
+                self._scene_of(job).publication.stepped(stream.number, note.step)
+            return [Stepped(job, note.step)]
+        if note.part is not None or note.has_cache:
+            stream.follows = note
+            return []
+        stream.is_aborted = True  # nothing more is to come but the end of the stream
+        self._leave(stream)
+        if note.rendered is not None:
+            assert worker.made_with is not None
+            self._losses = 0
+            return [Finished(job, note.rendered, worker.made_with)]
+        if note.lost is not None:
+            return [CacheLost(job, note.lost), *self._cache_lost(job)]
+        assert note.error is not None
+        return [Broken(job, note.error)]
+
+    def _published(
+        self, stream: _Stream, announced: Note, ref: ray.ObjectRef[Any]
+    ) -> list[Message]:
+        """Keep what an identity video published, and give it to those who read it."""
+        scene = self._scene_of(stream.job)
+        num_parts = scene.publication.num_parts
+        is_last = announced.has_cache if num_parts == 0 else announced.part == num_parts - 1
+        if announced.has_cache:
+            scene.cache = ref
+            what: dict[str, Any] = {"cache": ref}
+        else:
+            assert announced.part is not None
+            scene.publication.publish(announced.part, ref)
+            what = {"parts": {scene.publication.keys[announced.part]: ref}}
+        for worker in self._workers.values():
+            reader = worker.stream
+            if reader is not None and reader.number in scene.publication.readers:
+                worker.actor.send.remote(reader.number, **what)
+        return [Recorded(stream.job, self._plan.cache_bytes)] if is_last else []
+
+    def _cache_lost(self, job: Job) -> list[Message]:
+        """Forget the cache of a job's scene; the identity video, if it runs, must begin again."""
+        scene = self._scene_of(job)
+        scene.publication.clear()
+        scene.cache = None
+        for worker in self._workers.values():
+            other = worker.stream
+            if other is None or other.is_aborted or not other.job.is_identity:
+                continue
+            if other.job.scene is job.scene:
+                self.abort(other.job)
+                return [WorkerLost(other.job, "what it had published is lost")]
+        return []
+
+    def _leave(self, stream: _Stream) -> None:
+        known = self._scenes.get(stream.job.scene.scene.id)
+        if known is not None:
+            known.publication.leave(stream.number)
+
+    def _spawn(self, strategy: Any) -> None:
+        """Start a worker; `wait` takes it in when it is placed and loaded."""
+        config: RenderConfig = self._plan.config
+        if config.model.threads is None:
+            share = config.model.model_copy(update={"threads": self._settings.cpus_per_worker})
+            config = config.model_copy(update={"model": share})
+        actor = _ACTOR.options(
+            num_cpus=self._resources["CPU"],
+            num_gpus=self._resources.get("GPU", 0),
+            scheduling_strategy=strategy,
+        ).remote(config)
+        worker = _Worker(self._next_worker, actor, actor.place.remote(), time.monotonic())
+        self._workers[worker.id] = worker
+        self._next_worker += 1
+
+    def _started(self, worker: _Worker) -> list[Message]:
+        """Go on with a worker that is placed, or that has loaded its model."""
+        assert worker.starting is not None
+        try:
+            answer = ray.get(worker.starting)
+        except RayActorError as error:
+            return self._lost(worker, _first_line(error))
+        except RayError as error:
+            raise WorkerError(f"a worker could not load the model: {_first_line(error)}") from error
+        if not worker.node:
+            worker.node, worker.starting = answer, worker.actor.load.remote()
+        else:
+            worker.made_with, worker.starting = answer, None
+            logger.info("worker ready id=%d node=%s", worker.id, worker.node)
+        return []
+
+    def _lost(self, worker: _Worker, reason: str) -> list[Message]:
+        """Replace a dead worker, wherever there is room, and say which job died with it."""
+        logger.warning("worker lost id=%d node=%s reason=%s", worker.id, worker.node, reason)
+        del self._workers[worker.id]
+        self._losses += 1
+        if self._losses > _MOST_LOSSES_IN_A_ROW:
+            raise WorkerError(
+                f"{self._losses} workers died one after another, none rendered a video; the last: "
+                f"{reason}. What is done is kept: see the log of that node, then render again"
+            )
+        self._spawn("DEFAULT")
+        stream = worker.stream
+        if stream is None or stream.is_aborted:
+            return []
+        self._leave(stream)
+        return [WorkerLost(stream.job, reason)]
+
+    def _give_up_on_unplaced(self) -> None:
+        """Go on without workers that found no place in time. Raises WorkerError without any."""
+        late = [
+            worker
+            for worker in self._workers.values()
+            if not worker.node and time.monotonic() - worker.since > self._settings.wait_seconds
+        ]
+        for worker in late:
+            logger.warning("worker not placed id=%d wants=%s", worker.id, self._resources)
+            ray.kill(worker.actor)
+            del self._workers[worker.id]
+        if not self._workers:
+            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+            raise WorkerError(
+                f"no worker found a place in {self._settings.wait_seconds:g} s: each needs "
+                f"{self._resources}, free on the whole cluster are {free}; wait for other jobs, "
+                f"ask for less (cluster.cpus_per_worker, cluster.gpus_per_worker), or wait longer "
+                f"(cluster.wait_seconds)"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,282 @@
+"""What runs in a Ray actor: one worker, which renders identity and frame videos.
+
+Rendering methods are streaming generators, whose items the driver owns: they outlive the worker.
+Calls that come while it renders (credits, shards, the order to end) are in another concurrency
+group and only touch a `_Feed`. Imports torch when it loads the model, not before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
+from ray.exceptions import RayError
+
+from bachvid.config import RenderConfig
+from bachvid.errors import CorruptShardError, LostShardError, WorkerError
+from bachvid.events import RunStep
+from bachvid.facts import load_facts
+from bachvid.plan import VideoPlan
+from bachvid.prompts import Prompt
+from bachvid.publication import part_key
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bachvid.actors import ModelWorker, RenderedVideo
+    from bachvid.cache import IdentityCache
+    from bachvid.kv_stores import PackedStep
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One item of a job's stream: a small object with one thing in it.
+
+    step: a denoising step is done.
+    part: the next item of the stream is no note, but this part of the publication.
+    has_cache: the next item of the stream is no note, but the identity cache, without a store.
+    rendered: the job has ended well.
+    error, lost: it has not; `lost` says that published keys and values were gone or damaged.
+    """
+
+    step: RunStep | None = None
+    part: int | None = None
+    has_cache: bool = False
+    rendered: RenderedVideo | None = None
+    error: str | None = None
+    lost: str | None = None
+
+
+class _Aborted(BaseException):
+    """The driver wants no more of this job; no Exception, so that nobody takes it for a failure."""
+
+
+class _Feed:
+    """What a running job is sent: credit, the cache, parts, the order to end."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._is_aborted = False
+        self._credit = 0
+        self._cache: IdentityCache | None = None
+        self._parts: dict[tuple[int, int], ray.ObjectRef[PackedStep]] = {}
+
+    def send(
+        self,
+        *,
+        credit: int = 0,
+        cache: IdentityCache | None = None,
+        parts: Mapping[tuple[int, int], ray.ObjectRef[PackedStep]] | None = None,
+        abort: bool = False,
+    ) -> None:
+        with self._changed:
+            self._credit = max(self._credit, credit)
+            self._cache = cache or self._cache
+            self._parts.update(parts or {})
+            self._is_aborted |= abort
+            self._changed.notify_all()
+
+    def wait(self, is_there: Callable[[], bool] = lambda: True) -> None:
+        """Wait until something is there. Raises _Aborted if the job is to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_aborted or is_there())
+        if self._is_aborted:
+            raise _Aborted
+
+    def wait_credit(self, part: int) -> None:
+        """Wait until `part` may be published."""
+        self.wait(lambda: part < self._credit)
+
+    def wait_cache(self) -> IdentityCache:
+        """Wait for the identity cache, which has no store."""
+        self.wait(lambda: self._cache is not None)
+        assert self._cache is not None
+        return self._cache
+
+    def fetch(self, key: tuple[int, int]) -> PackedStep:
+        """Wait for a part and pull it to this node. Raises LostShardError."""
+        self.wait(lambda: key in self._parts)
+        try:
+            packed: PackedStep = ray.get(self._parts[key])
+        except RayError as error:
+            raise LostShardError(
+                f"the identity keys and values of step {key[1]} are gone ({type(error).__name__}): "
+                f"the node or the store that held them is lost"
+            ) from error
+        return packed
+
+    def drop(self, passed: tuple[int, int]) -> None:
+        """Let go of the parts up to `passed`, so that the store can free them."""
+        with self._changed:
+            for key in [key for key in self._parts if key <= passed]:
+                del self._parts[key]
+
+
+class RayWorker:
+    """One process with one model. Its methods are called by `bachvid.ray_pool`."""
+
+    def __init__(self, config: RenderConfig) -> None:
+        self._config = config
+        self._model: ModelWorker | None = None
+        self._feeds: dict[int, _Feed] = {}
+        self._last_ended = -1
+        self._lock = threading.Lock()
+
+    def place(self) -> str:
+        """Return the node that this worker got."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def load(self) -> Mapping[str, str]:
+        """Load the model, not its text encoder; return what videos are made with."""
+        return self._worker.made_with
+
+    def encode(self, prompts: Sequence[Prompt]) -> Iterator[Tensor]:
+        """Yield the embeddings [1, T, C] of each of `prompts`; then drop the text encoder."""
+        for prompt in prompts:
+            yield self._worker.model.encode_prompts([prompt]).cpu()
+        self._worker.model.free_text_encoder()
+
+    @ray.method(concurrency_group="control")
+    def send(self, number: int, **what: Any) -> None:
+        """Give a job what `_Feed.send` takes; too late is no error."""
+        feed = self._feed(number)
+        if feed is not None:
+            feed.send(**what)
+
+    def identity(
+        self,
+        number: int,
+        scene: str,
+        video: VideoPlan,
+        embeds: Mapping[str, ray.ObjectRef[Tensor]],
+        *,
+        records: Sequence[Sequence[int]],
+        first: int,
+    ) -> Iterator[Note | PackedStep | IdentityCache]:
+        """Render an identity video and publish what it records, from the part `first` on."""
+        from bachvid.actors import IdentityVideoActor
+        from bachvid.cache import IdentityCache, MemoryKVStore
+
+        worker, packer = self._worker, self._worker.new_packer()
+
+        def render(feed: _Feed) -> Iterator[Note | PackedStep | IdentityCache]:
+            run = IdentityVideoActor(worker).render(scene, video, packer, records=records)
+            part = 0
+            while True:
+                try:
+                    item = next(run)
+                except StopIteration as end:
+                    yield Note(rendered=end.value)
+                    return
+                feed.wait()
+                if isinstance(item, IdentityCache):
+                    yield Note(has_cache=True)
+                    yield replace(item, store=MemoryKVStore())
+                    continue
+                yield Note(step=item)
+                packed = packer.take(item.step)
+                if packed is None:
+                    continue
+                if part >= first:
+                    feed.wait_credit(part)
+                    yield Note(part=part)
+                    yield packed
+                part += 1
+
+        yield from self._job(number, embeds, render)
+
+    def frame(
+        self,
+        number: int,
+        scene: str,
+        video: VideoPlan,
+        embeds: Mapping[str, ray.ObjectRef[Tensor]],
+        *,
+        is_window: bool,
+        cache_bytes: int,
+    ) -> Iterator[Note]:
+        """Render a frame video from the cache and the parts that it is sent."""
+        from bachvid.actors import FrameVideoActor
+        from bachvid.kv_stores import PulledKVStore
+
+        worker, reads = self._worker, self._worker.method.reads
+        store: PulledKVStore | None = None
+
+        def render(feed: _Feed) -> Iterator[Note]:
+            def open_cache() -> IdentityCache:
+                nonlocal store
+                cache = feed.wait_cache()
+                store = store or PulledKVStore(
+                    lambda run, step: feed.fetch((run if is_window else 0, step)),
+                    layers=cache.layers,
+                    branches=cache.branches,
+                    config_hash=cache.config_hash,
+                    nbytes=cache_bytes,
+                )
+                return replace(cache, store=store)
+
+            run = FrameVideoActor(worker).render(scene, video, open_cache)
+            try:
+                while True:
+                    step = next(run)
+                    feed.wait()
+                    passed = part_key(reads, step)
+                    if is_window and passed:
+                        feed.drop(passed)
+                    yield Note(step=step)
+            except StopIteration as end:
+                yield Note(rendered=end.value)
+            finally:
+                run.close()
+                if store is not None:
+                    store.close()
+
+        yield from self._job(number, embeds, render)
+
+    @property
+    def _worker(self) -> ModelWorker:
+        from bachvid.actors import ModelWorker  # imports torch: seconds
+
+        self._model = self._model or ModelWorker(self._config, load_facts(self._config.model))
+        return self._model
+
+    def _job(
+        self,
+        number: int,
+        embeds: Mapping[str, ray.ObjectRef[Tensor]],
+        render: Callable[[_Feed], Iterator[Item]],
+    ) -> Iterator[Item | Note]:
+        """Yield what `render` does, and in the end what went wrong, as a note."""
+        feed = self._feed(number)
+        assert feed is not None
+        try:
+            worker = self._worker
+            worker.embeds = {
+                text: embed.to(worker.model.device)
+                for text, embed in zip(embeds, ray.get(list(embeds.values())), strict=True)
+            }
+            yield from render(feed)
+        except _Aborted:
+            return
+        except WorkerError as error:
+            if isinstance(error.__cause__, (CorruptShardError, LostShardError)):
+                yield Note(lost=str(error))
+            else:
+                yield Note(error=str(error))
+        finally:
+            feed.send(abort=True)  # for a thread that still waits for parts
+            with self._lock:
+                self._feeds.pop(number, None)
+                self._last_ended = max(self._last_ended, number)
+
+    def _feed(self, number: int) -> _Feed | None:
+        """Return the feed of a job, which may be sent things before it begins; None: it is over."""
+        with self._lock:
+            if number <= self._last_ended:
+                return None
+            return self._feeds.setdefault(number, _Feed())

@@ -1,0 +1,55 @@
+"""Ray clusters for tests: several nodes on this machine, which notice a death within seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from ray.cluster_utils import Cluster
+
+STORE_BYTES = 80 * 1024 * 1024  # Ray's least is 75 MiB
+HEALTH_CHECK = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 4,
+}
+
+
+def start_cluster(folder: Path, *, nodes: int, cpus: int) -> Cluster:
+    """Start `nodes` nodes of `cpus` CPUs each; call `cluster.shutdown()`."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": cpus,
+            "object_store_memory": STORE_BYTES,
+            "include_dashboard": False,
+            "_system_config": HEALTH_CHECK,
+            "temp_dir": str(folder),
+        },
+    )
+    for _ in range(nodes - 1):
+        cluster.add_node(num_cpus=cpus, object_store_memory=STORE_BYTES)
+    return cluster
+
+
+def workers_of(title: str) -> list[psutil.Process]:
+    """Find the processes of Ray workers that are doing `title` now, as "RayWorker.frame"."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or [""]
+        if command[0].startswith("ray::") and title in command[0]:
+            found.append(process)
+    return found
+
+
+def wait_until(is_so: Callable[[], bool], *, seconds: float) -> bool:
+    """Wait for something to become true; return whether it did."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True

@@ -1,0 +1,176 @@
+"""Workers, nodes and drivers die at random moments; every story is finished, and is the same."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from clusters import STORE_BYTES, start_cluster, wait_until, workers_of
+from ray.cluster_utils import Cluster
+from test_render_on_ray import STORY, expected, hashes, settings
+
+from bachvid.driver import Event, Failed, FrameStep, IdentityStep, StoryRenderer
+
+__all__ = ["expected"]  # a fixture
+
+Hashes = dict[tuple[str, str], tuple[str, str]]
+KINDS = ("frame", "identity", "node", "driver")
+DRIVER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_render_on_ray import STORY, settings
+from bachvid.driver import StoryRenderer
+
+_, tests, model, out, address, *overrides = sys.argv
+config = settings(Path(model), *overrides)
+with StoryRenderer(config, Path(out), address=address) as renderer:
+    for event in renderer.stream(STORY):
+        print(type(event).__name__, flush=True)
+"""
+
+
+class Runs:
+    """A cluster of three nodes that runs go through while parts of it are killed."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        self.cluster = start_cluster(folder / "ray", nodes=3, cpus=1)
+
+    def render(self, out: Path, kind: str, at: int, policy: str) -> int:
+        """Render with one kill after the event number `at`; return how many there were."""
+        if kind == "driver":
+            return self._render_killed(out, at, policy)
+        kills = 0
+        config = settings(self.model, f"cache.policy={policy}", "cache.window=2")
+        with StoryRenderer(config, out, address=self.cluster.address) as renderer:
+            for number, event in enumerate(renderer.stream(STORY)):
+                assert not isinstance(event, Failed), event
+                if number >= at and not kills:
+                    kills += self._kill(kind, event)
+        return kills
+
+    def _kill(self, kind: str, event: Event) -> int:
+        if kind == "node":
+            nodes = self.cluster.list_all_nodes()[1:]  # the head has the driver
+            self.cluster.remove_node(nodes[0], allow_graceful=False)
+            self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+            return 1
+        wanted = IdentityStep if kind == "identity" else FrameStep
+        found = workers_of(f"RayWorker.{kind}") if isinstance(event, wanted) else []
+        for process in found[:1]:
+            process.kill()
+        return len(found[:1])
+
+    def _render_killed(self, out: Path, at: int, policy: str) -> int:
+        """Kill the driver's process after `at` events, then render in another."""
+        command = [sys.executable, "-c", DRIVER, str(Path(__file__).parent), str(self.model)]
+        command += [str(out), self.cluster.address, f"cache.policy={policy}", "cache.window=2"]
+        driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert driver.stdout is not None
+        for _ in range(at):
+            if not driver.stdout.readline():
+                break
+        driver.kill()
+        driver.wait()
+        subprocess.run(command, check=True, capture_output=True)
+        return 1
+
+    def close(self) -> None:
+        ray.shutdown()
+        self.cluster.shutdown()
+
+
+def left_overs(cluster: Cluster) -> tuple[list[psutil.Process], list[str]]:
+    """Give the workers and placement groups that a render has left behind."""
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        groups = ray.util.placement_group_table().values()
+        return workers_of("RayWorker"), [g["state"] for g in groups if g["state"] != "REMOVED"]
+    finally:
+        ray.shutdown()
+
+
+def check_kills(
+    number: int, *, seed: int, folder: Path, model: Path, expected: Hashes
+) -> Counter[str]:
+    """Render `number` times with one kill each; return how many of each kind there were."""
+    chance = random.Random(seed)
+    killed: Counter[str] = Counter()
+    runs = Runs(folder, model)
+    try:
+        for run in range(number):
+            kind = KINDS[run % len(KINDS)]
+            policy = ("window", "retain")[run // len(KINDS) % 2]
+            at = chance.randint(6, 60)
+            out = folder / f"run-{run}"
+            killed[kind] += runs.render(out, kind, at, policy)
+            assert hashes(out) == expected, (kind, at, policy)
+            rows = (out / "journal.jsonl").read_text().splitlines()
+            done = Counter(row for row in rows if '"event": "video"' in row)
+            assert len(done) == len(expected)
+            assert set(done.values()) == {1}  # no video was kept twice
+            shutil.rmtree(out)
+        assert wait_until(lambda: left_overs(runs.cluster) == ([], []), seconds=30)
+    finally:
+        runs.close()
+    return killed
+
+
+def test_four_kinds_of_loss_change_nothing(
+    tiny_cogvideox_folder: Path, expected: Hashes, tmp_path: Path
+) -> None:
+    killed = check_kills(4, seed=0, folder=tmp_path, model=tiny_cogvideox_folder, expected=expected)
+    assert killed == Counter(dict.fromkeys(KINDS, 1))
+
+
+@pytest.mark.slow
+def test_thirty_random_losses_change_nothing(
+    tiny_cogvideox_folder: Path, expected: Hashes, tmp_path: Path
+) -> None:
+    killed = check_kills(
+        30, seed=1, folder=tmp_path, model=tiny_cogvideox_folder, expected=expected
+    )
+    assert killed.total() == 30
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_render_with_its_own_exit_code(
+    number: signal.Signals,
+    code: int,
+    tiny_cogvideox_folder: Path,
+    expected: Hashes,
+    tmp_path: Path,
+) -> None:
+    story = tmp_path / "story.yaml"
+    story.write_text(STORY.model_dump_json())
+    config = settings(tiny_cogvideox_folder)
+    (tmp_path / "config.yaml").write_text(config.model_dump_json(exclude_none=True))
+    command = [sys.executable, "-m", "bachvid", "render", str(story), "-v"]
+    command += ["--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
+    command += ["--address", "local"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert first.stderr is not None
+    for line in first.stderr:
+        if "forest/jumps" in line:  # one video is done
+            break
+    first.send_signal(number)
+    _, rest = first.communicate(timeout=60)
+    assert first.returncode == code, rest
+    assert "Cancelled; render again to go on." in rest
+    assert "Traceback" not in rest
+    before = hashes(tmp_path / "run")
+    assert before
+    assert len(before) < len(expected)
+    assert all(expected[video] == found for video, found in before.items())
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert hashes(tmp_path / "run") == expected

@@ -1,0 +1,226 @@
+"""Rendering through Ray: the same latents as in one process, on any node, in either policy."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from bachvid.config import RenderConfig
+from bachvid.driver import Done, Event, Failed, FrameStep, IdentityStep, Published, StoryRenderer
+from bachvid.errors import ConfigError, WorkerError
+from bachvid.journal import read_run
+from bachvid.story import Story
+
+STORY = Story.model_validate(
+    {
+        "title": "Two scenes",
+        "seed": 1,
+        "scenes": [
+            {
+                "id": "forest",
+                "background": "a snowy forest",
+                "character": "a girl with a yellow coat",
+                "identity": "reads",
+                "actions": ["jumps", "waves"],
+            },
+            {
+                "id": "sea",
+                "background": "the sea at night",
+                "character": "a small robot",
+                "actions": ["runs"],
+            },
+        ],
+    }
+)
+
+
+def settings(folder: Path, *overrides: str) -> RenderConfig:
+    return RenderConfig.from_yaml(
+        None,
+        [
+            f"model.id={folder}",
+            "model.threads=1",
+            "sampling.num_steps=6",
+            "method.profile=fast",
+            "method.pre_passes=2",
+            "method.mask_step=2",
+            "method.inject_steps=[0, 5]",
+            "output.min_height=32",
+            *overrides,
+        ],
+    )
+
+
+def render(folder: Path, out: Path, *overrides: str, address: str | None = None) -> list[Event]:
+    with StoryRenderer(settings(folder, *overrides), out, address=address) as renderer:
+        return list(renderer.stream(STORY))
+
+
+def hashes(out: Path) -> dict[tuple[str, str], tuple[str, str]]:
+    records = read_run(out).records
+    return {key: (r.latents_sha256, r.frames_sha256) for key, r in records.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(
+    tiny_cogvideox_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], tuple[str, str]]:
+    """The hashes of the same story, rendered in this process."""
+    out = tmp_path_factory.mktemp("local") / "run"
+    assert not [e for e in render(tiny_cogvideox_folder, out) if isinstance(e, Failed)]
+    return hashes(out)
+
+
+@pytest.mark.parametrize("policy", ["window", "retain"])
+def test_three_nodes_give_the_latents_of_one_process(
+    policy: str,
+    three_nodes: Cluster,
+    tiny_cogvideox_folder: Path,
+    expected: dict[tuple[str, str], tuple[str, str]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="bachvid"):
+        events = render(
+            tiny_cogvideox_folder,
+            tmp_path / "run",
+            f"cache.policy={policy}",
+            "cache.window=2",
+            address=three_nodes.address,
+        )
+    assert hashes(tmp_path / "run") == expected
+    assert len([event for event in events if isinstance(event, Done)]) == 5
+    nodes = {
+        match for row in caplog.messages for match in re.findall(r"ready id=\d+ node=(\w+)", row)
+    }
+    assert len(nodes) == 3
+
+    steps = [e for e in events if isinstance(e, IdentityStep) and e.scene == "forest"]
+    # A window observes to step 2, then goes along with the second pre-pass and the main run.
+    count = 3 + 3 + 6 if policy == "window" else 6
+    assert [(e.step, e.num_steps) for e in steps] == [(i, count) for i in range(count)]
+    jumps = [e for e in events if isinstance(e, FrameStep) and e.video == "jumps"]
+    assert [(e.phase, e.step, e.num_steps) for e in jumps] == [
+        *(("pre_pass", i, 6) for i in range(6)),
+        *(("main_run", i, 6) for i in range(6)),
+    ]
+    assert {e.scene for e in events if isinstance(e, Published)} == {"forest", "sea"}
+
+
+def test_the_paper_profile_reads_in_its_pre_pass_too(
+    three_nodes: Cluster, tiny_cogvideox_folder: Path, tmp_path: Path
+) -> None:
+    paper = ["method.profile=paper", "method.pre_passes=1"]
+    render(tiny_cogvideox_folder, tmp_path / "one", *paper)
+    render(
+        tiny_cogvideox_folder,
+        tmp_path / "ray",
+        *paper,
+        "cache.policy=window",
+        address=three_nodes.address,
+    )
+    assert hashes(tmp_path / "ray") == hashes(tmp_path / "one")
+
+
+def test_nothing_is_left_on_the_cluster(
+    three_nodes: Cluster, tiny_cogvideox_folder: Path, tmp_path: Path
+) -> None:
+    with StoryRenderer(
+        settings(tiny_cogvideox_folder), tmp_path, address=three_nodes.address
+    ) as renderer:
+        for event in renderer.stream(STORY):
+            if isinstance(event, IdentityStep):
+                break
+    assert not ray.is_initialized()
+    ray.init(address=three_nodes.address, log_to_driver=False)
+    try:
+        groups = ray.util.placement_group_table().values()
+        assert {group["state"] for group in groups} <= {"REMOVED"}
+        assert ray.available_resources()["CPU"] == 3
+    finally:
+        ray.shutdown()
+
+
+def test_a_finished_story_starts_no_worker(
+    three_nodes: Cluster, tiny_cogvideox_folder: Path, tmp_path: Path
+) -> None:
+    render(tiny_cogvideox_folder, tmp_path)
+    events = render(tiny_cogvideox_folder, tmp_path, address=three_nodes.address)
+    assert [(e.is_resumed, type(e)) for e in events] == [(True, Done)] * 5  # type: ignore[union-attr]
+
+
+def test_a_request_that_nothing_can_fulfil_fails_within_seconds(
+    three_nodes: Cluster, tiny_cogvideox_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="cpus_per_worker"):
+        render(
+            tiny_cogvideox_folder,
+            tmp_path / "wide",
+            "cluster.cpus_per_worker=2",
+            address=three_nodes.address,
+        )
+    assert not (tmp_path / "wide").exists()
+
+    ray.init(address=three_nodes.address, log_to_driver=False)
+    hold = ray.util.placement_group([{"CPU": 1}] * 3)
+    assert hold.wait(10)
+    try:
+        with pytest.raises(WorkerError, match="no worker found a place in 2 s"):
+            render(
+                tiny_cogvideox_folder,
+                tmp_path / "busy",
+                "cluster.wait_seconds=2",
+                address=three_nodes.address,
+            )
+        assert ray.is_initialized()  # who connected before stays connected
+    finally:
+        ray.util.remove_placement_group(hold)
+        ray.shutdown()
+
+
+def test_a_video_that_cannot_be_rendered_fails_alone(
+    three_nodes: Cluster, tiny_cogvideox_folder: Path, tmp_path: Path
+) -> None:
+    """Masks of random weights are sometimes empty: with `fail` their videos fail, in words."""
+    events = render(
+        tiny_cogvideox_folder,
+        tmp_path,
+        "method.on_empty_mask=fail",
+        "method.mask_layers=[0]",
+        address=three_nodes.address,
+    )
+    local = render(
+        tiny_cogvideox_folder,
+        tmp_path / "local",
+        "method.on_empty_mask=fail",
+        "method.mask_layers=[0]",
+    )
+
+    def failures(all_events: list[Event]) -> set[tuple[str, str, str]]:
+        return {(e.scene, e.video, e.error) for e in all_events if isinstance(e, Failed)}
+
+    assert failures(events) == failures(local)
+
+
+def test_events_can_be_awaited(
+    three_nodes: Cluster,
+    tiny_cogvideox_folder: Path,
+    expected: dict[tuple[str, str], tuple[str, str]],
+    tmp_path: Path,
+) -> None:
+    async def collect() -> list[Event]:
+        renderer = StoryRenderer(
+            settings(tiny_cogvideox_folder), tmp_path, address=three_nodes.address
+        )
+        with renderer:
+            return [event async for event in renderer.astream(STORY)]
+
+    events = asyncio.run(collect())
+    assert len([event for event in events if isinstance(event, Done)]) == 5
+    assert hashes(tmp_path) == expected
