@@ -11,10 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from bachvid import __version__
+from bachvid.cluster import format_bytes
 from bachvid.config import ModelConfig, RenderConfig
 from bachvid.errors import BachvidError, WorkerError
 from bachvid.facts import STORYBOOK_FOLDER, load_facts
-from bachvid.plan_text import format_bytes
 from bachvid.story import Action, Scene, Story
 
 _PACKAGES = ("torch", "diffusers", "transformers", "ray", "av")

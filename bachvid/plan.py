@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bachvid.cluster import ClusterFacts, ExecutionPlan, plan_execution
 from bachvid.config import (
     DTYPE_BYTES,
     MethodConfig,
     RenderConfig,
     VideoConfig,
+    read_steps,
     recorded_steps,
     resolve_config,
 )
@@ -60,9 +62,10 @@ class ScenePlan:
 
 @dataclass(frozen=True, slots=True)
 class RenderPlan:
-    """Everything decided about a render. `config` is resolved: it has no None to fill.
+    """Everything decided about a render. `config` is resolved: it has no None that a worker reads.
 
-    `cache_bytes` are the keys and values of one scene; scenes are rendered one after another.
+    `cache_bytes` are the keys and values of one scene. `execution` is None for a render in this
+    process, which renders scenes one after another.
     """
 
     story: Story
@@ -72,14 +75,21 @@ class RenderPlan:
     scenes: tuple[ScenePlan, ...]
     cache_bytes: int
     notes: tuple[str, ...]
+    execution: ExecutionPlan | None = None
+
+    @property
+    def window(self) -> int | None:
+        """Steps of one scene's keys and values that are kept at once; None: all of them."""
+        is_window = self.execution is not None and self.execution.policy == "window"
+        return self.config.cache.window if is_window else None
 
     @property
     def frame_forwards(self) -> int:
-        """Passes through the transformer for one frame video, those of its pre-pass too."""
-        steps, mask_step = self.config.sampling.num_steps, self.config.method.mask_step
+        """Passes through the transformer for one frame video, those of its pre-passes too."""
+        method, steps = self.config.method, self.config.sampling.num_steps
         assert steps is not None
-        assert mask_step is not None
-        return steps + (mask_step + 1 if self.config.method.name == "bachvid" else 0)
+        assert method.mask_step is not None
+        return steps + (len(read_steps(method)) - 1) * (method.mask_step + 1)
 
     @property
     def num_forwards(self) -> int:
@@ -100,13 +110,19 @@ class RenderPlan:
 
 
 def render_plan(
-    story: Story, config: RenderConfig, *, source: str = "story", download: bool = False
+    story: Story,
+    config: RenderConfig,
+    *,
+    source: str = "story",
+    download: bool = False,
+    cluster: ClusterFacts | None = None,
 ) -> RenderPlan:
     """Decide what a render does. `source` is the story's name in messages, as its file.
 
     With `download` the tokenizer of a Hub model is fetched, so that its prompts are checked;
     without, they are where it is on this machine already, and else `tokens` are None.
-    Raises ConfigError with one line per problem, ModelSupportError for a model not supported.
+    Raises ConfigError with one line per problem, also if `cluster` has too little for the
+    render, and ModelSupportError for a model not supported.
     """
     facts = load_facts(config.model)
     resolved = resolve_config(config, facts)
@@ -123,14 +139,27 @@ def render_plan(
             raise
         notes.append(f"{error}; tokens are counted, and their limit checked, when rendering starts")
     scenes = _plan_scenes(story, resolved, tokenizer, source=source)
+    cache_bytes = identity_cache_bytes(resolved, facts)
+    execution = None
+    if cluster is not None:
+        execution = plan_execution(
+            cluster,
+            resolved,
+            facts=facts,
+            layout=layout,
+            frames=[len(scene.frames) for scene in scenes],
+            cache_bytes=cache_bytes,
+            num_steps=len(recorded_steps(resolved.method)),
+        )
     return RenderPlan(
         story=story,
         config=resolved,
         facts=facts,
         layout=layout,
         scenes=scenes,
-        cache_bytes=identity_cache_bytes(resolved, facts),
+        cache_bytes=cache_bytes,
         notes=tuple(notes),
+        execution=execution,
     )
 
 

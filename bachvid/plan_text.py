@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from pydantic import JsonValue
 
+from bachvid.cluster import ExecutionPlan, format_bytes
 from bachvid.config import MethodConfig, config_hash
 from bachvid.plan import RenderPlan, VideoPlan
 from bachvid.prompts import PromptPart
@@ -31,7 +33,8 @@ def plan_text(plan: RenderPlan) -> str:
         f"sampling  {sampling.num_steps} steps of {sampling.scheduler}, guidance "
         f"{sampling.guidance_scale:g}, noise {sampling.noise}",
         *_method_lines(method),
-        f"cache     {format_bytes(plan.cache_bytes)} of keys and values, for one scene at a time",
+        f"cache     {format_bytes(plan.cache_bytes)} of keys and values for one scene",
+        *(_execution_lines(plan.execution) if plan.execution else []),
         f"time      {_time_text(plan)}, {plan.num_forwards} passes through the transformer",
         f"config    {config_hash(config)[:12]}",
         *(f"note      {note}" for note in plan.notes),
@@ -61,16 +64,9 @@ def plan_json(plan: RenderPlan) -> dict[str, JsonValue]:
         "cache_bytes": plan.cache_bytes,
         "forwards": plan.num_forwards,
         "seconds": plan.seconds,
+        "execution": asdict(plan.execution) if plan.execution else None,
         "notes": list(plan.notes),
     }
-
-
-def format_bytes(count: int) -> str:
-    """Give a count of bytes in decimal units, as disks and memory are sold."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def _method_lines(method: MethodConfig) -> list[str]:
@@ -81,10 +77,44 @@ def _method_lines(method: MethodConfig) -> list[str]:
     first, last = method.inject_steps
     return [
         f"method    {method.name}, profile {method.profile}: {method.branches} branches, steps "
-        f"{first} to {last - 1}, mask at step {method.mask_step}, in the pre-pass "
-        f"{method.pre_pass_injection}",
+        f"{first} to {last - 1}, mask at step {method.mask_step}",
+        f"pre-pass  {_pre_pass_text(method)}",
         f"layers    {', '.join(map(str, method.vital_layers))}",
     ]
+
+
+def _pre_pass_text(method: MethodConfig) -> str:
+    assert method.pre_passes is not None
+    first = "injects the background" if method.pre_pass_injection == "background" else "plain"
+    return first if method.pre_passes == 1 else f"{first}, then {method.pre_passes - 1} that inject"
+
+
+def _execution_lines(execution: ExecutionPlan) -> list[str]:
+    each = f"{execution.cpus_per_worker} CPU"
+    if execution.gpus_per_worker:
+        each += f" and {execution.gpus_per_worker} GPU"
+    unit = "waves" if execution.policy == "window" else "rounds of all workers"
+    degrees = ", ".join(
+        f"{degree.ranks} (pads {degree.padding} tokens)" if degree.padding else str(degree.ranks)
+        for degree in execution.degrees
+    )
+    lines = [
+        f"workers   {execution.num_workers} on {execution.device}, {each} each: "
+        f"{execution.waves} {unit}",
+        f"policy    {execution.policy}: {execution.why}",
+    ]
+    if execution.policy == "retain":
+        lines.append(
+            f"scenes    at most {execution.live_scenes} at a time with a cache on one node"
+        )
+    for node in execution.nodes:
+        lines.append(
+            f"node      {node.name}: {node.workers} workers, at most "
+            f"{format_bytes(node.cache_bytes)} of keys and values in a store of "
+            f"{format_bytes(node.store_bytes)}"
+        )
+    lines.append(f"degrees   a video could be shared by {degrees} workers; so far by 1")
+    return lines
 
 
 def _video_facts(video: VideoPlan, plan: RenderPlan) -> str:

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol
 
+from bachvid.cluster import format_bytes
 from bachvid.events import Done, Event, Failed, FrameStep, IdentityStep, Published, Queued
 from bachvid.plan import RenderPlan
-from bachvid.plan_text import format_bytes
 from bachvid.story import IDENTITY_ID
 
 

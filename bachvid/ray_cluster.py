@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from bachvid.errors import ConfigError
 
 LOCAL = "local"
 
+_SECONDS = 5  # to wait for a head node to answer
 # What workers on other nodes need of the driver's environment; Ray forwards nothing by itself.
 _FORWARDED = ("HF_", "NCCL_", "TORCH_NCCL_", "CUDA_DEVICE_", "BACHVID_")
 
@@ -53,6 +55,7 @@ def _facts() -> ClusterFacts:
 
 
 def _connect(address: str) -> None:
+    _check_answers(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
     names = [name for name in os.environ if name.startswith(_FORWARDED)]
     options: dict[str, Any] = {
         "address": address,
@@ -71,6 +74,25 @@ def _connect(address: str) -> None:
         raise ConfigError(
             f"--address {address}: no Ray cluster answers: {reason}; give the address of a head "
             f'node (host:port), "auto" on a machine of the cluster, or "local"'
+        ) from error
+
+
+def _check_answers(address: str) -> None:
+    """Knock first: for a head node that is not there Ray itself waits more than ten minutes."""
+    if address in ("auto", LOCAL):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        raise ConfigError(
+            f'--address {address}: must be "auto", "local" or host:port of a head node, as '
+            f"10.0.0.1:6379; ray:// is not supported"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--address {address}: no Ray cluster answers: {error}; see whether `ray status "
+            f"--address {address}` works on this machine"
         ) from error
 
 
