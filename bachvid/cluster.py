@@ -18,7 +18,6 @@ from bachvid.schedule import Policy
 from bachvid.tokens import TokenLayout
 
 Device = Literal["cpu", "cuda"]
-
 STORE_SHARE = 0.8  # of the object store; when it is fuller than that Ray spills to disk
 MAX_DEGREE = 16  # of sequence parallelism: GPUs that one machine may have
 _MOST_NODES_NAMED = 8
@@ -152,6 +151,11 @@ def format_bytes(count: int) -> str:
     return f"{count} bytes"
 
 
+def counted(number: int, noun: str) -> str:
+    """Give a number and its noun, as 1 worker or 2 workers."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _node_from_ray(node: Mapping[str, object]) -> NodeFacts:
     resources = node["Resources"]
     assert isinstance(resources, Mapping)
@@ -182,21 +186,20 @@ def _place_workers(
     """Fill the node that has most, for the identity video and its readers, then the others."""
 
     def room(node: NodeFacts) -> int:
-        room = node.cpus // asked.cpus_per_worker
-        return min(room, node.gpus // gpus) if gpus else room
+        return min(node.cpus // asked.cpus_per_worker, node.gpus if gpus else node.cpus)
 
     nodes = sorted(cluster.nodes, key=lambda n: (-room(n), -n.store_bytes, n.name, n.id))
     total = sum(map(room, nodes))
     wanted = total if asked.workers is None else asked.workers
     if not 0 < wanted <= total:
         has = [
-            f"{node.name} ({_count(node.cpus, 'CPU')}, {_count(node.gpus, 'GPU')}, room for "
+            f"{node.name} ({counted(node.cpus, 'CPU')}, {counted(node.gpus, 'GPU')}, room for "
             f"{room(node)})"
             for node in nodes
         ]
-        each = _count(asked.cpus_per_worker, "CPU") + f" and {_count(gpus, 'GPU')}" * (gpus > 0)
+        each = counted(asked.cpus_per_worker, "CPU") + " and 1 GPU" * gpus
         raise ConfigError(
-            f"cluster.workers: asks for {_count(max(wanted, 1), 'worker')}, each with {each}: the "
+            f"cluster.workers: asks for {counted(max(wanted, 1), 'worker')}, each with {each}: the "
             f"cluster has room for {total}: {_first(has)}. Ask for fewer, for less each "
             f"(cluster.cpus_per_worker, cluster.gpus_per_worker), or add nodes"
         )
@@ -241,7 +244,8 @@ class _Caches:
         """Count waves, or rounds of all workers."""
         if policy == "retain":
             return ceil(sum(1 + count for count in self._frames) / self._num_workers)
-        return sum(max(ceil(count / (self._num_workers - 1)), 1) for count in self._frames)
+        others = max(self._num_workers - 1, 1)
+        return sum(max(ceil(count / others), 1) for count in self._frames)
 
     def bytes_on(self, workers: int, policy: Policy) -> int:
         """Count the keys and values that a node with so many workers holds at most."""
@@ -270,7 +274,7 @@ class _Caches:
             return "retain", "no keys and values are kept"
         if most + 1 > workers:
             return "retain", (
-                f"a scene has {_count(most, 'frame video')}, and of {_count(workers, 'worker')} "
+                f"a scene has {counted(most, 'frame video')}, and of {counted(workers, 'worker')} "
                 f"only {workers - 1} can render them while one renders the identity video; so all "
                 f"keys and values are kept, {kept}"
             )
@@ -281,8 +285,8 @@ class _Caches:
                 f"{workers} workers, with all keys and values kept, {kept}, they take {retain}"
             )
         return "window", (
-            f"{_count(most, 'frame video')} and their identity video fit in one wave of "
-            f"{workers} workers; so {_count(self._window, 'step')} of keys and values are kept, "
+            f"{counted(most, 'frame video')} and their identity video fit in one wave of "
+            f"{workers} workers; so {counted(self._window, 'step')} of keys and values are kept, "
             f"{format_bytes(self._window * self._step_bytes)}, instead of {kept}"
         )
 
@@ -311,7 +315,7 @@ class _Caches:
                 waves = min(self._waves_at_once, workers)
                 raise ConfigError(
                     f"cache.window: is {self._window} steps of {format_bytes(self._step_bytes)}: "
-                    f"for {_count(waves, 'scene')} at a time that is {format_bytes(needed)}, and "
+                    f"for {counted(waves, 'scene')} at a time that is {format_bytes(needed)}, and "
                     f"{self._store_text(node)}. Set a smaller cache.window, or fewer "
                     f"cluster.workers, or start Ray there with {_store_option(needed)}"
                 )
@@ -338,10 +342,6 @@ class _Caches:
 
 def _store_option(needed: int) -> str:
     return f"--object-store-memory {ceil(needed / STORE_SHARE)}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _first(texts: Sequence[str]) -> str:

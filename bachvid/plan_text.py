@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from pydantic import JsonValue
 
-from bachvid.cluster import ExecutionPlan, format_bytes
+from bachvid.cluster import ExecutionPlan, counted, format_bytes
 from bachvid.config import MethodConfig, config_hash
 from bachvid.plan import RenderPlan, VideoPlan
 from bachvid.prompts import PromptPart
@@ -90,17 +90,15 @@ def _pre_pass_text(method: MethodConfig) -> str:
 
 
 def _execution_lines(execution: ExecutionPlan) -> list[str]:
-    each = f"{execution.cpus_per_worker} CPU"
-    if execution.gpus_per_worker:
-        each += f" and {execution.gpus_per_worker} GPU"
-    unit = "waves" if execution.policy == "window" else "rounds of all workers"
+    each = counted(execution.cpus_per_worker, "CPU") + " and 1 GPU" * execution.gpus_per_worker
+    unit = "wave" if execution.policy == "window" else "round"
     degrees = ", ".join(
         f"{degree.ranks} (pads {degree.padding} tokens)" if degree.padding else str(degree.ranks)
         for degree in execution.degrees
     )
     lines = [
         f"workers   {execution.num_workers} on {execution.device}, {each} each: "
-        f"{execution.waves} {unit}",
+        f"{counted(execution.waves, unit)}",
         f"policy    {execution.policy}: {execution.why}",
     ]
     if execution.policy == "retain":
@@ -109,7 +107,7 @@ def _execution_lines(execution: ExecutionPlan) -> list[str]:
         )
     for node in execution.nodes:
         lines.append(
-            f"node      {node.name}: {node.workers} workers, at most "
+            f"node      {node.name}: {counted(node.workers, 'worker')}, at most "
             f"{format_bytes(node.cache_bytes)} of keys and values in a store of "
             f"{format_bytes(node.store_bytes)}"
         )

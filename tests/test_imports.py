@@ -28,6 +28,9 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "strict_yaml": ("torch", "ray", "diffusers", *own(*ROOTS)),
     "facts": ("torch", "ray", "diffusers", *own(*ROOTS)),
     "prompts": ("torch", "ray", "diffusers", *own(*ROOTS)),
+    "schedule": ("torch", "ray", "diffusers", *own(*ROOTS, "plan", "cluster")),
+    "cluster": ("torch", "ray", "diffusers", *own(*ROOTS, "plan")),
+    "ray_cluster": ("torch", "diffusers", *own(*ROOTS)),
     "plan": ("torch", "ray", "diffusers", *own(*ROOTS)),
     "plan_text": ("torch", "ray", "diffusers", *own(*ROOTS)),
     "attention": ("ray", "diffusers", *own(*ROOTS)),
@@ -80,6 +83,8 @@ def test_only_ray_rooms_import_ray_and_nobody_imports_xfuser_at_once() -> None:
     for path in PACKAGE.rglob("*.py"):
         names = imports_of(path, only_at_import=True)
         assert not any(name.startswith("xfuser") for name in names), path.name
+        if not path.name.startswith("ray_"):
+            assert not any(f"{name}.".startswith("ray.") for name in imports_of(path)), path.name
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import pytest
 from bad_inputs import GOOD_STORY
 from json_models import write_json_model
 
+from bachvid.cluster import ClusterFacts, NodeFacts
 from bachvid.config import RenderConfig
 from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.plan import RenderPlan, render_plan
-from bachvid.plan_text import format_bytes, plan_json, plan_text
+from bachvid.plan_text import plan_json, plan_text
 from bachvid.story import Story
 
 
@@ -158,12 +159,38 @@ def test_the_json_is_json_and_agrees_with_the_plan(story: Story, folder: Path) -
     }
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1_500, "1.5 kB"), (168_206_000_000, "168.2 GB")],
-)
-def test_bytes_are_written_in_decimal_units(count: int, text: str) -> None:
-    assert format_bytes(count) == text
+def test_a_plan_for_a_cluster_says_where(story: Story, folder: Path) -> None:
+    nodes = [
+        NodeFacts("1", "alpha", cpus=2, gpus=0, store_bytes=10**9),
+        NodeFacts("2", "beta", cpus=1, gpus=0, store_bytes=2 * 10**9),
+    ]
+    config = RenderConfig.from_yaml(None, [f"model.id={folder}"])
+    assert render_plan(story, config).execution is None
+    plan = render_plan(story, config, cluster=ClusterFacts(tuple(nodes)))
+    lines = plan_text(plan).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("workers"))
+    assert lines[start - 1 : start + 5] == [
+        "cache     88.5 MB of keys and values for one scene",
+        "workers   3 on cpu, 1 CPU each: 1 wave",
+        "policy    window: 2 frame videos and their identity video fit in one wave of 3 workers; "
+        "so 4 steps of keys and values are kept, 14.2 MB, instead of 88.5 MB for a scene",
+        "node      alpha: 2 workers, at most 14.2 MB of keys and values in a store of 1.0 GB",
+        "node      beta: 1 worker, at most 14.2 MB of keys and values in a store of 2.0 GB",
+        "degrees   a video could be shared by 1, 2, 4 workers; so far by 1",
+    ]
+    execution = json.loads(json.dumps(plan_json(plan)))["execution"]
+    assert [node["workers"] for node in execution["nodes"]] == [2, 1]
+    assert execution["why"] in lines[start + 1]
+
+    config = RenderConfig.from_yaml(None, [f"model.id={folder}", "cache.policy=retain"])
+    plan = render_plan(story, config, cluster=ClusterFacts(tuple(nodes)))
+    assert "scenes    at most 1 at a time with a cache on one node" in plan_text(plan).splitlines()
+
+
+def test_a_cluster_with_too_little_is_bad_input(story: Story, folder: Path) -> None:
+    config = RenderConfig.from_yaml(None, [f"model.id={folder}"])
+    with pytest.raises(ConfigError, match="has room for 0: no nodes"):
+        render_plan(story, config, cluster=ClusterFacts(()))
 
 
 def test_planning_loads_neither_torch_nor_diffusers(folder: Path, tmp_path: Path) -> None:
