@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -43,9 +43,8 @@ from bachvid.schedule import Slot
 logger = logging.getLogger(__name__)
 
 # Never started again by Ray: a worker that comes back has no model and no job.
-_ACTOR: Any = ray.remote(concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0)(
-    RayWorker
-)
+_remote: Any = ray.remote  # its types do not know concurrency groups
+_ACTOR = _remote(concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0)(RayWorker)
 _POLL_SECONDS = 0.2  # how long a cancelled render may take to notice
 _MOST_LOSSES_IN_A_ROW = 10  # of workers, before somebody must look at it
 
@@ -175,6 +174,7 @@ class RayPool:
             parts = {keys[part]: ref for part, ref in scene.publication.parts.items()}
             actor.send.remote(number, parts=parts)
         self._workers[worker].stream = _Stream(number, job, items)
+        logger.info("started scene=%s video=%s worker=%d", given[1], job.video.id, worker)
 
     def wait(self) -> Sequence[Message]:
         """Wait for what any worker says. Raises WorkerError when the last one is gone."""
@@ -348,10 +348,11 @@ class RayPool:
         except RayError as error:
             raise WorkerError(f"a worker could not load the model: {_first_line(error)}") from error
         if not worker.node:
-            worker.node, worker.starting = answer, worker.actor.load.remote()
+            (worker.node, pid), worker.starting = answer, worker.actor.load.remote()
+            logger.info("worker placed id=%d node=%s pid=%d", worker.id, worker.node, pid)
         else:
             worker.made_with, worker.starting = answer, None
-            logger.info("worker ready id=%d node=%s", worker.id, worker.node)
+            logger.info("worker ready id=%d", worker.id)
         return []
 
     def _lost(self, worker: _Worker, reason: str) -> list[Message]:

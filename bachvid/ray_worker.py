@@ -7,6 +7,7 @@ group and only touch a `_Feed`. Imports torch when it loads the model, not befor
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -127,9 +128,9 @@ class RayWorker:
         self._last_ended = -1
         self._lock = threading.Lock()
 
-    def place(self) -> str:
-        """Return the node that this worker got."""
-        return str(ray.get_runtime_context().get_node_id())
+    def place(self) -> tuple[str, int]:
+        """Return the node that this worker got, and its process there."""
+        return str(ray.get_runtime_context().get_node_id()), os.getpid()
 
     def load(self) -> Mapping[str, str]:
         """Load the model, not its text encoder; return what videos are made with."""

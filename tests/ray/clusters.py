@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import psutil
+import ray
 from ray.cluster_utils import Cluster
 
 STORE_BYTES = 80 * 1024 * 1024  # Ray's least is 75 MiB
@@ -18,21 +21,28 @@ HEALTH_CHECK = {
 }
 
 
-def start_cluster(folder: Path, *, nodes: int, cpus: int) -> Cluster:
-    """Start `nodes` nodes of `cpus` CPUs each; call `cluster.shutdown()`."""
+@contextmanager
+def cluster_of(nodes: int) -> Iterator[Cluster]:
+    """Run a cluster of nodes with one CPU each; the first one is the head."""
+    folder = tempfile.mkdtemp(prefix="bachvid-", dir="/tmp")  # short: sockets lie in it
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
-            "num_cpus": cpus,
+            "num_cpus": 1,
             "object_store_memory": STORE_BYTES,
             "include_dashboard": False,
             "_system_config": HEALTH_CHECK,
-            "temp_dir": str(folder),
+            "temp_dir": folder,
         },
     )
-    for _ in range(nodes - 1):
-        cluster.add_node(num_cpus=cpus, object_store_memory=STORE_BYTES)
-    return cluster
+    try:
+        for _ in range(nodes - 1):
+            cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def workers_of(title: str) -> list[psutil.Process]:

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import ray
-from clusters import start_cluster
+from clusters import cluster_of
 from ray.cluster_utils import Cluster
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _workers_find_the_tests() -> None:
-    """Workers of the tests run one torch thread each, whatever the machine has."""
+def _one_thread_each() -> None:
+    """Workers inherit it: more threads than cores would only wait for each other."""
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="module")
-def three_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three nodes of one CPU each, for the tests of a module that harm none of them."""
-    cluster = start_cluster(Path("/tmp") / f"bachvid-ray-{os.getpid()}", nodes=3, cpus=1)
-    try:
+def three_nodes() -> Iterator[Cluster]:
+    """Three nodes of one CPU each."""
+    with cluster_of(3) as cluster:
         yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()

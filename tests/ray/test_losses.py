@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from clusters import STORE_BYTES, start_cluster, wait_until, workers_of
+from clusters import STORE_BYTES, cluster_of, wait_until, workers_of
 from ray.cluster_utils import Cluster
 from test_render_on_ray import STORY, expected, hashes, settings
 
@@ -38,18 +41,36 @@ with StoryRenderer(config, Path(out), address=address) as renderer:
 """
 
 
+class _Watch(logging.Handler):
+    """Reads in the log which process does what."""
+
+    def __init__(self, runs: Runs) -> None:
+        super().__init__()
+        self.runs = runs
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = dict(re.findall(r"(\w+)=(\S+)", record.getMessage()))
+        if "pid" in found:
+            self.runs.pids[found["id"]] = int(found["pid"])
+        elif "worker" in found:
+            self.runs.jobs[f"{found['scene']}/{found['video']}"] = found["worker"]
+
+
 class Runs:
     """A cluster of three nodes that runs go through while parts of it are killed."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder, self.model = folder, model
-        self.cluster = start_cluster(folder / "ray", nodes=3, cpus=1)
+    def __init__(self, cluster: Cluster, model: Path) -> None:
+        self.cluster, self.model = cluster, model
+        self.pids: dict[str, int] = {}  # of the workers, by number
+        self.jobs: dict[str, str] = {}  # the worker that a video was given to last
+        logging.getLogger("bachvid").addHandler(_Watch(self))
 
     def render(self, out: Path, kind: str, at: int, policy: str) -> int:
         """Render with one kill after the event number `at`; return how many there were."""
         if kind == "driver":
             return self._render_killed(out, at, policy)
         kills = 0
+        self.pids.clear()
         config = settings(self.model, f"cache.policy={policy}", "cache.window=2")
         with StoryRenderer(config, out, address=self.cluster.address) as renderer:
             for number, event in enumerate(renderer.stream(STORY)):
@@ -64,11 +85,12 @@ class Runs:
             self.cluster.remove_node(nodes[0], allow_graceful=False)
             self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
             return 1
-        wanted = IdentityStep if kind == "identity" else FrameStep
-        found = workers_of(f"RayWorker.{kind}") if isinstance(event, wanted) else []
-        for process in found[:1]:
-            process.kill()
-        return len(found[:1])
+        is_wanted = isinstance(event, IdentityStep if kind == "identity" else FrameStep)
+        if not is_wanted:
+            return 0
+        video = "identity" if isinstance(event, IdentityStep) else event.video
+        os.kill(self.pids[self.jobs[f"{event.scene}/{video}"]], signal.SIGKILL)
+        return 1
 
     def _render_killed(self, out: Path, at: int, policy: str) -> int:
         """Kill the driver's process after `at` events, then render in another."""
@@ -83,10 +105,6 @@ class Runs:
         driver.wait()
         subprocess.run(command, check=True, capture_output=True)
         return 1
-
-    def close(self) -> None:
-        ray.shutdown()
-        self.cluster.shutdown()
 
 
 def left_overs(cluster: Cluster) -> tuple[list[psutil.Process], list[str]]:
@@ -105,8 +123,8 @@ def check_kills(
     """Render `number` times with one kill each; return how many of each kind there were."""
     chance = random.Random(seed)
     killed: Counter[str] = Counter()
-    runs = Runs(folder, model)
-    try:
+    with cluster_of(3) as cluster:
+        runs = Runs(cluster, model)
         for run in range(number):
             kind = KINDS[run % len(KINDS)]
             policy = ("window", "retain")[run // len(KINDS) % 2]
@@ -115,27 +133,32 @@ def check_kills(
             killed[kind] += runs.render(out, kind, at, policy)
             assert hashes(out) == expected, (kind, at, policy)
             rows = (out / "journal.jsonl").read_text().splitlines()
-            done = Counter(row for row in rows if '"event": "video"' in row)
-            assert len(done) == len(expected)
-            assert set(done.values()) == {1}  # no video was kept twice
+            done = [row for row in rows if '"event": "video"' in row]
+            assert len(done) == len(expected)  # no video was rendered to its end twice
             shutil.rmtree(out)
-        assert wait_until(lambda: left_overs(runs.cluster) == ([], []), seconds=30)
-    finally:
-        runs.close()
+        assert wait_until(lambda: left_overs(cluster) == ([], []), seconds=30)
     return killed
 
 
 def test_four_kinds_of_loss_change_nothing(
-    tiny_cogvideox_folder: Path, expected: Hashes, tmp_path: Path
+    tiny_cogvideox_folder: Path,
+    expected: Hashes,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, logger="bachvid")
     killed = check_kills(4, seed=0, folder=tmp_path, model=tiny_cogvideox_folder, expected=expected)
     assert killed == Counter(dict.fromkeys(KINDS, 1))
 
 
 @pytest.mark.slow
 def test_thirty_random_losses_change_nothing(
-    tiny_cogvideox_folder: Path, expected: Hashes, tmp_path: Path
+    tiny_cogvideox_folder: Path,
+    expected: Hashes,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, logger="bachvid")
     killed = check_kills(
         30, seed=1, folder=tmp_path, model=tiny_cogvideox_folder, expected=expected
     )
