@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from bachvid.config import RenderConfig, config_hash
 from bachvid.errors import WorkerError
 from bachvid.events import Phase, RunStep
 from bachvid.facts import ModelFacts
+from bachvid.kv_files import FileKVStore
 from bachvid.kv_stores import StepPacker
 from bachvid.methods import build_method
 from bachvid.methods.base import MethodControl, MethodSettings, Observation
@@ -107,6 +109,16 @@ class ModelWorker:
         """Return a store that packs what an identity video records."""
         settings = MethodSettings.from_config(self.config.method)
         return StepPacker(
+            layers=settings.vital_layers,
+            branches=settings.branches,
+            config_hash=config_hash(self.config),
+        )
+
+    def new_file_store(self, folder: Path) -> FileKVStore:
+        """Return a store that keeps what an identity video records, as files."""
+        settings = MethodSettings.from_config(self.config.method)
+        return FileKVStore(
+            folder,
             layers=settings.vital_layers,
             branches=settings.branches,
             config_hash=config_hash(self.config),

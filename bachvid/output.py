@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,14 @@ if TYPE_CHECKING:
     from bachvid.actors import MatchedTokens, RenderedVideo
 
 ENLARGEMENT = "enlargement"  # metadata key of an mp4
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityPicture:
+    """What the overlays of frame videos show of their identity video."""
+
+    frames: Frames
+    foreground: Foreground  # in tokens
 
 
 def run_header(plan: RenderPlan) -> RunHeader:
@@ -79,7 +88,7 @@ def write_files(
     temporal_ratio: int,
     video: VideoPlan,
     rendered: RenderedVideo,
-    identity: RenderedVideo,
+    identity: IdentityPicture,
     config_sha256: str,
 ) -> dict[Path, str]:
     """Write `files` (by kind, as `wanted_files`) of one video; return the sha256 of each."""
@@ -158,6 +167,14 @@ def write_contact_sheet(run: RunDirectory, scene: ScenePlan, tiles: Mapping[str,
     )
 
 
+def read_identity(run: RunDirectory, scene: ScenePlan) -> IdentityPicture:
+    """Read back what a finished identity video shows; the frames are lossy, for overlays only."""
+    name = scene.scene.id
+    with np.load(run.file(name, "masks", f"{IDENTITY_ID}.npz")) as arrays:
+        foreground = arrays["foreground"]
+    return IdentityPicture(read_video(run.file(name, f"{IDENTITY_ID}.mp4")), foreground)
+
+
 def read_video(path: Path) -> Frames:
     """Read the frames of a run's mp4 at the size of the model: lossy, near what was rendered."""
     return read_mp4(path, shrink=int(read_metadata(path).get(ENLARGEMENT, 1)))
@@ -189,7 +206,7 @@ def _write_match_overlay(
     *,
     video: VideoPlan,
     rendered: RenderedVideo,
-    identity: RenderedVideo,
+    identity: IdentityPicture,
     matched: MatchedTokens,
     temporal_ratio: int,
 ) -> None:

@@ -7,14 +7,17 @@ of Ray actors, is `bachvid.ray_pool`. Imports no torch.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from bachvid.config import recorded_steps
-from bachvid.errors import WorkerError
+from bachvid.config import config_hash, recorded_steps
+from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
 from bachvid.events import RunStep
 from bachvid.plan import RenderPlan, ScenePlan, VideoPlan
 from bachvid.prompts import Prompt
@@ -144,6 +147,20 @@ class LocalPool:
         self._job: Job | None = None
         self._run: Generator[RunStep | IdentityCache, None, RenderedVideo] | None = None
 
+    def has_cache(self, job: Job) -> bool:
+        """Open the cache that an identity video left in `cache.directory` in another render."""
+        folder = self._folder(job)
+        if folder is None or not folder.exists():
+            return False
+        from bachvid.kv_files import FileKVStore
+
+        try:
+            self._caches[job.scene.scene.id] = FileKVStore.load(folder)
+        except CacheMissError as error:
+            logger.warning("identity cache not used folder=%s: %s", folder, error)
+            return False
+        return True
+
     def encode(self, prompts: Sequence[Prompt]) -> None:
         """Load the model and the embeddings of `prompts`. Raises as `load_model` does."""
         from bachvid.actors import ModelWorker  # imports torch: seconds, once there is work
@@ -184,14 +201,15 @@ class LocalPool:
         if job.is_identity:
             identity = IdentityVideoActor(self._worker)
             records = [recorded_steps(self._plan.config.method)]
-            self._run = identity.render(scene, job.video, MemoryKVStore(), records=records)
+            folder = self._folder(job)
+            store = MemoryKVStore() if folder is None else self._worker.new_file_store(folder)
+            self._run = identity.render(scene, job.video, store, records=records)
         else:
             frame = FrameVideoActor(self._worker)
             self._run = frame.render(scene, job.video, lambda: self._caches[scene])
 
     def wait(self) -> Sequence[Message]:
         """Render one denoising step of the job."""
-        assert self._worker is not None
         job, run = self._job, self._run
         assert job is not None
         assert run is not None
@@ -199,18 +217,38 @@ class LocalPool:
             item = next(run)
         except StopIteration as end:
             self._job = self._run = None
-            rendered: RenderedVideo = end.value
-            finished = Finished(job, rendered, self._worker.made_with)
-            return (
-                [Recorded(job, rendered.cache_bytes), finished] if job.is_identity else [finished]
-            )
+            return self._ended(job, end.value)
         except WorkerError as error:
             self._job = self._run = None
+            if isinstance(error.__cause__, CorruptShardError):
+                self.forget(job.scene.scene.id)
+                return [CacheLost(job, str(error))]
             return [Broken(job, str(error))]
         if isinstance(item, RunStep):
             return [Stepped(job, item)]
         self._caches[job.scene.scene.id] = item
         return []
+
+    def _ended(self, job: Job, rendered: RenderedVideo) -> Sequence[Message]:
+        from bachvid.kv_files import FileKVStore
+
+        assert self._worker is not None
+        finished = Finished(job, rendered, self._worker.made_with)
+        if not job.is_identity:
+            return [finished]
+        cache = self._caches[job.scene.scene.id]
+        if isinstance(cache.store, FileKVStore):
+            cache.store.save(cache)
+        return [Recorded(job, self._plan.cache_bytes), finished]
+
+    def _folder(self, job: Job) -> Path | None:
+        """Name the folder for the cache of a scene's identity video, if caches are kept."""
+        config, identity = self._plan.config, job.scene.identity
+        if config.cache.directory is None:
+            return None
+        decisive = json.dumps([config_hash(config), identity.prompt.text, identity.seed])
+        digest = hashlib.sha256(decisive.encode()).hexdigest()[:16]
+        return Path(config.cache.directory) / f"{job.scene.scene.id}-{digest}"
 
     def abort(self, job: Job) -> None:
         """End the job, if it is this one that runs."""

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bachvid.config import read_steps
 from bachvid.errors import WorkerError
@@ -28,7 +27,14 @@ from bachvid.events import (
     RunStep,
 )
 from bachvid.journal import VideoRecord
-from bachvid.output import contact_sheet, wanted_files, write_contact_sheet, write_files
+from bachvid.output import (
+    IdentityPicture,
+    contact_sheet,
+    read_identity,
+    wanted_files,
+    write_contact_sheet,
+    write_files,
+)
 from bachvid.plan import RenderPlan, ScenePlan, VideoPlan
 from bachvid.pool import (
     Broken,
@@ -47,9 +53,6 @@ from bachvid.rundir import RunDirectory
 from bachvid.schedule import SceneWork, Schedule
 from bachvid.video import Frames, sheet_tiles
 
-if TYPE_CHECKING:
-    from bachvid.actors import RenderedVideo
-
 logger = logging.getLogger(__name__)
 Files = Mapping[str, Path]  # by kind
 
@@ -60,12 +63,13 @@ class Rendering:
     def __init__(self, plan: RenderPlan, run: RunDirectory, cancelled: threading.Event) -> None:
         self._plan, self._run, self._cancelled = plan, run, cancelled
         self._todo = {scene.scene.id: self._missing(scene) for scene in plan.scenes}  # files
-        self._schedule = self._new_schedule()
-        self._pool: Pool = LocalPool(plan)
+        self._identities: dict[str, IdentityPicture] = {}  # of scenes that are not over
+        here = LocalPool(plan)
+        self._pool: Pool = here
+        self._schedule = self._new_schedule(here)
         reads = read_steps(plan.config.method)
         self._runs = len(reads)
         self._identity_runs = len(Publication[str, str](reads, window=plan.window).records)
-        self._identities: dict[str, RenderedVideo] = {}  # of scenes that are not over
         self._early: dict[str, list[Finished]] = {}  # frame videos that wait for theirs
         self._tiles: dict[str, dict[str, Frames]] = {}
         self._lost: set[str] = set()  # scenes that lost a worker or their cache
@@ -103,14 +107,23 @@ class Rendering:
                 missing[video.id] = {k: path for k, path in wanted.items() if path in paths}
         return missing
 
-    def _new_schedule(self) -> Schedule:
-        """Plan the work on scenes that lack anything; the identity video is rendered for any."""
+    def _new_schedule(self, here: LocalPool) -> Schedule:
+        """Plan the work on scenes that lack anything.
+
+        Any of their videos needs the identity's keys and values; these are rendered for it again,
+        unless they were kept as files.
+        """
         work = []
         for scene in self._plan.scenes:
-            todo = self._todo[scene.scene.id]
-            if todo:
-                frames = tuple(video.id for video in scene.frames if video.id in todo)
-                work.append(SceneWork(scene.scene.id, frames))
+            name, todo = scene.scene.id, self._todo[scene.scene.id]
+            if not todo:
+                continue
+            frames = tuple(video.id for video in scene.frames if video.id in todo)
+            identity = Job(scene, scene.identity)
+            has_cache = scene.identity.id not in todo and here.has_cache(identity)
+            if has_cache:
+                self._identities[name] = read_identity(self._run, scene)
+            work.append(SceneWork(name, frames, needs_identity=not has_cache))
         execution = self._plan.execution
         if execution is None:
             return Schedule(work, policy="retain", live_scenes=1)
@@ -164,7 +177,8 @@ class Rendering:
                 self._early.setdefault(scene, []).append(message)
             case Finished():
                 if job.is_identity:
-                    self._identities[scene] = message.rendered
+                    seen = message.rendered
+                    self._identities[scene] = IdentityPicture(seen.frames, seen.foreground)
                 yield from self._finish(message)
                 for early in self._early.pop(scene, []) if job.is_identity else []:
                     yield from self._finish(early)
@@ -236,7 +250,7 @@ class Rendering:
             return FrameStep(scene, job.video.id, "pre_pass", step, before)
         return FrameStep(scene, job.video.id, "main_run", step - before, num_steps)
 
-    def _keep(self, finished: Finished, identity: RenderedVideo) -> None:
+    def _keep(self, finished: Finished, identity: IdentityPicture) -> None:
         """Write a video's missing files and journal it. Raises WorkerError if it is another."""
         scene, video, rendered = finished.job.scene, finished.job.video, finished.rendered
         files = self._todo[scene.scene.id].get(video.id, {})

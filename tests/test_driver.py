@@ -227,6 +227,39 @@ def test_a_cancelled_render_goes_on_to_the_same_videos(
     assert hashes(tmp_path) == hashes(finished[0])
 
 
+def test_a_kept_cache_spares_the_identity_video(
+    finished: tuple[Path, list[Event]], run: Path, tiny_cogvideox_folder: Path, tmp_path: Path
+) -> None:
+    kept = f"cache.directory={tmp_path / 'kept'}"
+    (run / "forest" / "jumps.mp4").unlink()
+    first = render(tiny_cogvideox_folder, run, kept)
+    assert [e.step for e in first if isinstance(e, IdentityStep)] == [0, 1]
+    (folder,) = (tmp_path / "kept").iterdir()  # of the one scene that was rendered
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.safetensors",
+        "step-000.safetensors",
+        "step-001.safetensors",
+    ]
+
+    overlay = run / "forest" / "overlays" / "jumps.match.png"
+    overlay.unlink()
+    again = render(tiny_cogvideox_folder, run, kept)
+    assert not [e for e in again if isinstance(e, (IdentityStep, Failed))]
+    assert kinds(again, FrameStep)[0] == ("forest", "jumps")
+    assert overlay.exists()
+
+    step = folder / "step-001.safetensors"
+    step.write_bytes(step.read_bytes()[:-1] + b"?")
+    overlay.unlink()
+    mended = render(tiny_cogvideox_folder, run, kept)
+    assert [e.step for e in mended if isinstance(e, IdentityStep)] == [0, 1]
+    assert not kinds(mended, Failed)
+    (folder / "manifest.safetensors").unlink()
+    overlay.unlink()
+    assert [e for e in render(tiny_cogvideox_folder, run, kept) if isinstance(e, IdentityStep)]
+    assert hashes(run) == hashes(finished[0])
+
+
 def test_leaving_the_stream_stops_the_render(tiny_cogvideox_folder: Path, tmp_path: Path) -> None:
     with StoryRenderer(settings(tiny_cogvideox_folder), tmp_path) as renderer:
         for event in renderer.stream(STORY):
