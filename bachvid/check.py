@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from bachvid import __version__
-from bachvid.cluster import format_bytes
+from bachvid.cache_policy import format_bytes
 from bachvid.config import ModelConfig, RenderConfig
 from bachvid.errors import BachvidError, WorkerError
 from bachvid.facts import STORYBOOK_FOLDER, load_facts

@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 from pydantic import JsonValue
 
-from bachvid.cluster import ExecutionPlan, counted, format_bytes
+from bachvid.cache_policy import counted, format_bytes
+from bachvid.cluster import ExecutionPlan
 from bachvid.config import MethodConfig, config_hash
 from bachvid.plan import RenderPlan, VideoPlan
 from bachvid.prompts import PromptPart

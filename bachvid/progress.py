@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol
 
-from bachvid.cluster import format_bytes
+from bachvid.cache_policy import format_bytes
 from bachvid.events import Done, Event, Failed, FrameStep, IdentityStep, Published, Queued
 from bachvid.plan import RenderPlan
 from bachvid.story import IDENTITY_ID

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 
+from bachvid.cache_policy import format_bytes
 from bachvid.cluster import (
     ClusterFacts,
     ExecutionPlan,
     NodeFacts,
     ParallelDegree,
-    format_bytes,
     parallel_degrees,
     plan_execution,
 )
@@ -144,8 +144,8 @@ def test_a_cluster_without_nodes_is_refused() -> None:
 
 
 def test_window_is_chosen_when_every_scene_fits_in_one_wave() -> None:
-    plan = execute([node(cpus=3)], frames=[2, 1])
-    assert (plan.policy, plan.waves) == ("window", 2)
+    plan = execute([node(cpus=3)], frames=[2])
+    assert (plan.policy, plan.waves) == ("window", 1)
     assert plan.why == (
         "2 frame videos and their identity video fit in one wave of 3 workers; so 4 steps of keys "
         "and values are kept, 25.9 GB, instead of 168.2 GB for a scene"
@@ -164,12 +164,31 @@ def test_retain_is_chosen_when_a_scene_has_more_frame_videos_than_one_wave() -> 
 def test_retain_is_chosen_when_whole_waves_leave_workers_idle_for_long() -> None:
     plan = execute([node(cpus=8)], frames=[5] * 20)
     assert plan.policy == "retain"
-    assert "20 rounds of 8 workers, with all keys and values kept" in plan.why
-    assert "168.2 GB for a scene, they take 15" in plan.why
+    # An identity video of a wave: 6 steps to the mask, then 6 and 50; a frame video: 6 and 50.
+    assert plan.why == (
+        f"whole waves of up to 6 videos would keep 8 workers for {20 * 62} steps, one after "
+        f"another; with all keys and values kept, 168.2 GB for a scene, it is {15 * 56}"
+    )
     assert execute([node(cpus=8)], frames=[5]).policy == "window"  # nobody waits for the idle ones
-    assert execute([node(cpus=12)], frames=[5] * 20).policy == "window"  # none is idle
     small = node(cpus=8, store_gb=100)  # holds no whole cache
     assert execute([small], frames=[5] * 20).policy == "window"
+    # In this profile identity videos of waves take no longer, and here no worker is idle.
+    fast = execute([node(cpus=12)], "method.profile=fast", frames=[5] * 20)
+    assert fast.policy == "window"
+
+
+def test_retain_is_chosen_where_only_it_fits() -> None:
+    node_of_caches = node(cpus=12, store_gb=220)
+    plan = execute([node_of_caches], "cache.window=20", frames=[2, 2])
+    assert (plan.policy, plan.live_scenes) == ("retain", 1)
+    assert plan.why == (
+        "2 waves at a time of 20 steps each do not fit the object store; so all keys and values "
+        "are kept, 168.2 GB for a scene"
+    )
+    with pytest.raises(ConfigError, match="comes out as retain"):
+        execute([node(cpus=2, store_gb=0)], frames=[2])
+    with pytest.raises(ConfigError, match=r"cache\.window: is 4 steps"):
+        execute([node(cpus=3, store_gb=0)], frames=[2])
 
 
 def test_the_config_may_choose() -> None:
@@ -265,3 +284,9 @@ def test_degrees_divide_the_heads_and_pad_the_tokens() -> None:
 )
 def test_bytes_are_written_in_decimal_units(count: int, text: str) -> None:
     assert format_bytes(count) == text
+
+
+def test_rounds_count_the_workers_for_whose_scenes_there_is_no_room() -> None:
+    nodes = [node(name, cpus=8, store_gb=220) for name in "ab"]  # a cache each
+    plan = execute(nodes, "cache.policy=retain", frames=[1] * 20)
+    assert plan.waves == 10  # 2 scenes at a time; with room, 40 videos on 16 workers take 3

@@ -29,6 +29,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "facts": ("torch", "ray", "diffusers", *own(*ROOTS)),
     "prompts": ("torch", "ray", "diffusers", *own(*ROOTS)),
     "schedule": ("torch", "ray", "diffusers", *own(*ROOTS, "plan", "cluster")),
+    "cache_policy": ("torch", "ray", "diffusers", *own(*ROOTS, "plan", "cluster")),
     "cluster": ("torch", "ray", "diffusers", *own(*ROOTS, "plan")),
     "ray_cluster": ("torch", "diffusers", *own(*ROOTS)),
     "plan": ("torch", "ray", "diffusers", *own(*ROOTS)),
