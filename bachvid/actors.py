@@ -24,7 +24,7 @@ from bachvid.attention import RunContext
 from bachvid.cache import IdentityCache, KVStore
 from bachvid.config import RenderConfig, config_hash
 from bachvid.errors import WorkerError
-from bachvid.events import Phase, RunStep
+from bachvid.events import Phase, PreviewFrames, RunStep
 from bachvid.facts import ModelFacts
 from bachvid.kv_files import FileKVStore
 from bachvid.kv_stores import StepPacker
@@ -35,7 +35,7 @@ from bachvid.methods.masks import MaskRecovery
 from bachvid.models.base import load_model
 from bachvid.plan import VideoPlan
 from bachvid.prompts import Prompt, PromptTokenizer, TokenizedPrompt
-from bachvid.sampling import denoise
+from bachvid.sampling import Denoised, denoise
 from bachvid.video import Foreground, Frames
 
 
@@ -135,7 +135,7 @@ class ModelWorker:
 
     def denoise(
         self, run: RunContext, video: VideoPlan, control: MethodControl, *, phase: Phase
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Iterator[Denoised]:
         """Denoise one video from its seed, step by step; a pre-pass ends at the mask step."""
         return denoise(
             self.model,
@@ -148,6 +148,12 @@ class ModelWorker:
             control=control,
             stop_after=self.config.method.mask_step if phase == "pre_pass" else None,
         )
+
+    def previews(self, done: Denoised) -> Iterator[PreviewFrames]:
+        """Decode what a step of a main run expects, if the config wants it of this step."""
+        every = self.config.output.preview_every
+        if every is not None and (done.step + 1) % every == 0:
+            yield PreviewFrames(self.model.decode(done.estimate))
 
     def finish(
         self,
@@ -186,7 +192,7 @@ class IdentityVideoActor:
         store: KVStore,
         *,
         records: Sequence[Sequence[int]],
-    ) -> Generator[RunStep | IdentityCache, None, RenderedVideo]:
+    ) -> Generator[RunStep | IdentityCache | PreviewFrames, None, RenderedVideo]:
         """Render the video: yield every step, and the cache as soon as the mask is known.
 
         There is one run for each of `records`, which names the steps that it puts into `store`.
@@ -202,11 +208,13 @@ class IdentityVideoActor:
                 control = worker.method.identity_control(run, prompt, store, steps=steps)
                 phase: Phase = "main_run" if number == len(records) - 1 else "pre_pass"
                 with _timed(seconds, phase):
-                    for step, reached in worker.denoise(run, video, control, phase=phase):
-                        latents = reached
-                        yield RunStep(number, step)
-                        if number == 0 and step == worker.config.method.mask_step:
+                    for done in worker.denoise(run, video, control, phase=phase):
+                        latents = done.latents
+                        yield RunStep(number, done.step)
+                        if number == 0 and done.step == worker.config.method.mask_step:
                             yield control.cache(video.seed)
+                        if phase == "main_run":
+                            yield from worker.previews(done)
             return worker.finish(latents, control, seconds=seconds, cache_bytes=store.nbytes)
 
 
@@ -218,7 +226,7 @@ class FrameVideoActor:
 
     def render(
         self, scene: str, video: VideoPlan, open_cache: Callable[[], IdentityCache]
-    ) -> Generator[RunStep, None, RenderedVideo]:
+    ) -> Generator[RunStep | PreviewFrames, None, RenderedVideo]:
         """Render the video: yield every step of all its runs, as `method.reads` counts them.
 
         `open_cache` gives the cache when it is first needed; it may wait for the identity video.
@@ -233,15 +241,16 @@ class FrameVideoActor:
                 with _timed(seconds, "pre_pass"):
                     cache = _begin(open_cache(), steps) if steps else None
                     control = method.pre_pass_control(run, prompt, cache, observation)
-                    for step, _ in worker.denoise(run, video, control, phase="pre_pass"):
-                        yield RunStep(number, step)
+                    for done in worker.denoise(run, video, control, phase="pre_pass"):
+                        yield RunStep(number, done.step)
                     observation = control.observation
             with _timed(seconds, "main_run"):  # matching belongs to it
                 cache = _begin(open_cache(), method.reads[-1])
                 control = method.frame_control(run, prompt, cache, observation)
-                for step, reached in worker.denoise(run, video, control, phase="main_run"):
-                    latents = reached
-                    yield RunStep(len(method.reads) - 1, step)
+                for done in worker.denoise(run, video, control, phase="main_run"):
+                    latents = done.latents
+                    yield RunStep(len(method.reads) - 1, done.step)
+                    yield from worker.previews(done)
             return worker.finish(latents, control, seconds=seconds, cache_bytes=cache.store.nbytes)
 
 

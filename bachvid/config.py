@@ -133,6 +133,7 @@ class OutputConfig(_Section):
     crf: Annotated[int, Field(ge=0, le=51)] = 16  # of H.264: 0 is lossless, 51 worst
     frames: bool = False  # keep raw frames and masks as .npz
     overlays: bool = True
+    preview_every: Count | None = None  # steps; each preview costs one decoding
 
 
 class CacheConfig(_Section):

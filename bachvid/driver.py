@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from bachvid.config import RenderConfig
-from bachvid.events import Done, Event, Failed, FrameStep, IdentityStep, Published, Queued
+from bachvid.events import Done, Event, Failed, FrameStep, IdentityStep, Preview, Published, Queued
 from bachvid.output import run_header
 from bachvid.plan import render_plan
 from bachvid.rendering import Rendering
@@ -30,6 +30,7 @@ __all__ = [  # the driver API: the renderer and what it says
     "Failed",
     "FrameStep",
     "IdentityStep",
+    "Preview",
     "Published",
     "Queued",
     "StoryRenderer",

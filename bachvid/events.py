@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from bachvid.video import Frames
 
 Phase = Literal["pre_pass", "main_run"]
 
@@ -15,6 +18,13 @@ class RunStep:
 
     run: int
     step: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewFrames:
+    """What a worker expects a video to become, uint8 [frames, height, width, 3]."""
+
+    frames: Frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +64,15 @@ class FrameStep:
 
 
 @dataclass(frozen=True, slots=True)
+class Preview:
+    """A picture of what a video will become, as far as its step tells; the next one replaces it."""
+
+    scene: str
+    video: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """A video is in the run directory; `is_resumed` if it was there before this render.
 
@@ -77,4 +96,4 @@ class Failed:
     error: str
 
 
-Event = Queued | IdentityStep | Published | FrameStep | Done | Failed
+Event = Queued | IdentityStep | Published | FrameStep | Preview | Done | Failed

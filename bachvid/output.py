@@ -167,6 +167,17 @@ def write_contact_sheet(run: RunDirectory, scene: ScenePlan, tiles: Mapping[str,
     )
 
 
+def write_preview(path: Path, video: VideoPlan, frames: Frames) -> None:
+    """Write what a video will become; it is no file of the finished run."""
+    row = SheetRow(video.id, "preview", frames)
+    write_atomically(
+        path,
+        lambda temporary: write_sheet(
+            temporary, title=video.id, subtitle=video.prompt.text, rows=[row]
+        ),
+    )
+
+
 def read_identity(run: RunDirectory, scene: ScenePlan) -> IdentityPicture:
     """Read back what a finished identity video shows; the frames are lossy, for overlays only."""
     name = scene.scene.id

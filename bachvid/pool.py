@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from bachvid.config import config_hash, recorded_steps
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
-from bachvid.events import RunStep
+from bachvid.events import PreviewFrames, RunStep
 from bachvid.plan import RenderPlan, ScenePlan, VideoPlan
 from bachvid.prompts import Prompt
 from bachvid.schedule import Slot
@@ -27,6 +27,9 @@ from bachvid.story import IDENTITY_ID
 if TYPE_CHECKING:
     from bachvid.actors import ModelWorker, RenderedVideo
     from bachvid.cache import IdentityCache
+    from bachvid.video import Frames
+
+    _Run = Generator[RunStep | IdentityCache | PreviewFrames, None, RenderedVideo]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,14 @@ class Stepped:
 
     job: Job
     step: RunStep
+
+
+@dataclass(frozen=True, slots=True)
+class Previewed:
+    """A job shows what its video will become."""
+
+    job: Job
+    frames: Frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +107,7 @@ class CacheLost:
     reason: str
 
 
-Message = Stepped | Recorded | Finished | Broken | WorkerLost | CacheLost
+Message = Stepped | Previewed | Recorded | Finished | Broken | WorkerLost | CacheLost
 
 
 class Pool(Protocol):
@@ -145,7 +156,9 @@ class LocalPool:
         self._worker: ModelWorker | None = None
         self._caches: dict[str, IdentityCache] = {}
         self._job: Job | None = None
-        self._run: Generator[RunStep | IdentityCache, None, RenderedVideo] | None = None
+        self._run: (
+            Generator[RunStep | IdentityCache | PreviewFrames, None, RenderedVideo] | None
+        ) = None
 
     def has_cache(self, job: Job) -> bool:
         """Open the cache that an identity video left in `cache.directory` in another render."""
@@ -226,6 +239,8 @@ class LocalPool:
             return [Broken(job, str(error))]
         if isinstance(item, RunStep):
             return [Stepped(job, item)]
+        if isinstance(item, PreviewFrames):
+            return [Previewed(job, item.frames)]
         self._caches[job.scene.scene.id] = item
         return []
 

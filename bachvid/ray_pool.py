@@ -31,6 +31,7 @@ from bachvid.pool import (
     Finished,
     Job,
     Message,
+    Previewed,
     Recorded,
     Stepped,
     WorkerLost,
@@ -270,6 +271,8 @@ class RayPool:
             if not job.is_identity:
                 self._scene_of(job).publication.stepped(stream.number, note.step)
             return [Stepped(job, note.step)]
+        if note.preview is not None:
+            return [Previewed(job, note.preview.frames)]
         if note.part is not None or note.has_cache:
             stream.follows = note
             return []

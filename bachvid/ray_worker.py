@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from bachvid.config import RenderConfig
 from bachvid.errors import CorruptShardError, LostShardError, WorkerError
-from bachvid.events import RunStep
+from bachvid.events import PreviewFrames, RunStep
 from bachvid.facts import load_facts
 from bachvid.plan import VideoPlan
 from bachvid.prompts import Prompt
@@ -39,6 +39,7 @@ class Note:
     """One item of a job's stream: a small object with one thing in it.
 
     step: a denoising step is done.
+    preview: what the video will become.
     part: the next item of the stream is no note, but this part of the publication.
     has_cache: the next item of the stream is no note, but the identity cache, without a store.
     rendered: the job has ended well.
@@ -46,6 +47,7 @@ class Note:
     """
 
     step: RunStep | None = None
+    preview: PreviewFrames | None = None
     part: int | None = None
     has_cache: bool = False
     rendered: RenderedVideo | None = None
@@ -179,6 +181,9 @@ class RayWorker:
                     yield Note(has_cache=True)
                     yield replace(item, store=MemoryKVStore())
                     continue
+                if isinstance(item, PreviewFrames):
+                    yield Note(preview=item)
+                    continue
                 yield Note(step=item)
                 packed = packer.take(item.step)
                 if packed is None:
@@ -224,12 +229,15 @@ class RayWorker:
             run = FrameVideoActor(worker).render(scene, video, open_cache)
             try:
                 while True:
-                    step = next(run)
+                    item = next(run)
                     feed.wait()
-                    passed = part_key(reads, step)
+                    if isinstance(item, PreviewFrames):
+                        yield Note(preview=item)
+                        continue
+                    passed = part_key(reads, item)
                     if is_window and passed:
                         feed.drop(passed)
-                    yield Note(step=step)
+                    yield Note(step=item)
             except StopIteration as end:
                 yield Note(rendered=end.value)
             finally:

@@ -22,6 +22,7 @@ from bachvid.events import (
     Failed,
     FrameStep,
     IdentityStep,
+    Preview,
     Published,
     Queued,
     RunStep,
@@ -34,6 +35,7 @@ from bachvid.output import (
     wanted_files,
     write_contact_sheet,
     write_files,
+    write_preview,
 )
 from bachvid.plan import RenderPlan, ScenePlan, VideoPlan
 from bachvid.pool import (
@@ -44,6 +46,7 @@ from bachvid.pool import (
     LocalPool,
     Message,
     Pool,
+    Previewed,
     Recorded,
     Stepped,
     WorkerLost,
@@ -171,6 +174,10 @@ class Rendering:
         match message:
             case Stepped():
                 yield self._step_event(job, message.step)
+            case Previewed():
+                path = self._run.file(scene, "previews", f"{job.video.id}.png")
+                write_preview(path, job.video, message.frames)
+                yield Preview(scene, job.video.id, path)
             case Recorded():
                 yield Published(scene, message.nbytes)
             case Finished() if not job.is_identity and scene not in self._identities:

@@ -6,6 +6,7 @@
     RUN/<scene>/<video>.mp4         <video> is `identity` or an action's id
     RUN/<scene>/masks/<video>.npz   key `foreground`: the method's mask, in tokens
     RUN/<scene>/overlays/           <video>.mask.png, <video>.match.png
+    RUN/<scene>/previews/           <video>.png, with output.preview_every; not journaled
     RUN/<scene>/frames/<video>.npz  with output.frames: keys `frames` and `foreground`, in pixels
 
 A video is done when its journal line exists and every file named there has the bytes that the

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from diffusers import CogVideoXDPMScheduler
@@ -18,6 +18,14 @@ from torch import Tensor
 from bachvid.attention import AttentionControl, RunContext
 from bachvid.config import SamplingConfig
 from bachvid.models.base import Scheduler, VideoModel, attention_control
+
+
+class Denoised(NamedTuple):
+    """A step, the latents that it leaves, and what they are expected to become (x0 hat)."""
+
+    step: int
+    latents: Tensor
+    estimate: Tensor
 
 
 @torch.no_grad()
@@ -32,10 +40,10 @@ def denoise(
     sampling: SamplingConfig,
     control: AttentionControl | None = None,
     stop_after: int | None = None,
-) -> Iterator[tuple[int, Tensor]]:
-    """Denoise `noise` [B, F, C, height, width]: yield each step and the latents that it leaves.
+) -> Iterator[Denoised]:
+    """Denoise `noise` [B, F, C, height, width], and yield after each step.
 
-    The last ones are the result. Closing the iterator ends the run. Every call starts afresh, so
+    The last latents are the result. Closing the iterator ends the run. Every call starts afresh, so
     that a main run after a pre-pass is the run that it would have been without one.
 
     Args:
@@ -49,7 +57,7 @@ def denoise(
         sampling: complete, as `resolve_config` returns it.
         control: what a method does to attention; None leaves diffusers' own processors in place.
         stop_after: end a pre-pass at this step: the transformer runs on it, the scheduler does
-            not, and the latents that the transformer saw are yielded.
+            not, and what the transformer saw is yielded.
     """
     assert sampling.num_steps is not None
     assert sampling.guidance_scale is not None
@@ -59,7 +67,7 @@ def denoise(
         prompt_embeds = torch.cat([negative_embeds, prompt_embeds])
     run.branches = ("uncond", "cond") if is_guided else ("cond",)
     solver = _build_solver(model, noise, noise_seed=noise_seed, sampling=sampling)
-    latents = noise
+    latents = estimate = noise
     with attention_control(model, run, control) if control else nullcontext():
         for step, timestep in enumerate(solver.timesteps):
             run.step = step
@@ -69,8 +77,9 @@ def denoise(
                 if is_guided:
                     uncond, cond = prediction.chunk(2)
                     prediction = uncond + sampling.guidance_scale * (cond - uncond)
-                latents = solver.advance(step, prediction, latents).to(noise.dtype)
-            yield step, latents
+                advanced, estimate = solver.advance(step, prediction, latents)
+                latents = advanced.to(noise.dtype)
+            yield Denoised(step, latents, estimate.to(noise.dtype))
             if step == stop_after:
                 break
 
@@ -80,7 +89,9 @@ class _Solver(Protocol):
 
     timesteps: Tensor
 
-    def advance(self, step: int, prediction: Tensor, latents: Tensor) -> Tensor: ...
+    def advance(
+        self, step: int, prediction: Tensor, latents: Tensor
+    ) -> tuple[Tensor, Tensor]: ...  # latents of the next step, and the estimate of x0
 
 
 class _Ddim:
@@ -90,8 +101,10 @@ class _Ddim:
         self.timesteps = scheduler.timesteps
         self._scheduler = scheduler
 
-    def advance(self, step: int, prediction: Tensor, latents: Tensor) -> Tensor:
-        return self._scheduler.step(prediction, self.timesteps[step], latents, return_dict=False)[0]
+    def advance(self, step: int, prediction: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        timestep = self.timesteps[step]
+        latents, estimate = self._scheduler.step(prediction, timestep, latents, return_dict=False)
+        return latents, estimate
 
 
 class _Dpm:
@@ -103,8 +116,8 @@ class _Dpm:
         self._generator = generator
         self._estimate: Tensor | None = None
 
-    def advance(self, step: int, prediction: Tensor, latents: Tensor) -> Tensor:
-        latents, self._estimate = self._scheduler.step(
+    def advance(self, step: int, prediction: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        latents, estimate = self._scheduler.step(
             prediction,
             self._estimate,
             self.timesteps[step],
@@ -113,7 +126,8 @@ class _Dpm:
             generator=self._generator,
             return_dict=False,
         )
-        return latents
+        self._estimate = estimate
+        return latents, estimate
 
 
 def _build_solver(

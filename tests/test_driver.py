@@ -15,7 +15,16 @@ import pytest
 
 from bachvid.actors import ModelWorker, array_sha256
 from bachvid.config import RenderConfig
-from bachvid.driver import Done, Event, Failed, FrameStep, IdentityStep, Published, StoryRenderer
+from bachvid.driver import (
+    Done,
+    Event,
+    Failed,
+    FrameStep,
+    IdentityStep,
+    Preview,
+    Published,
+    StoryRenderer,
+)
 from bachvid.errors import ConfigError
 from bachvid.journal import read_run
 from bachvid.plan import render_plan
@@ -227,6 +236,18 @@ def test_a_cancelled_render_goes_on_to_the_same_videos(
     assert hashes(tmp_path) == hashes(finished[0])
 
 
+def test_previews_show_what_a_video_becomes_and_change_nothing(
+    finished: tuple[Path, list[Event]], tiny_cogvideox_folder: Path, tmp_path: Path
+) -> None:
+    events = render(tiny_cogvideox_folder, tmp_path, "output.preview_every=2")
+    previews = [event for event in events if isinstance(event, Preview)]
+    assert {(event.scene, event.video) for event in previews} == VIDEOS  # of 2 steps, once each
+    assert all(event.path.read_bytes().startswith(b"\x89PNG") for event in previews)
+    where = [e for e in events if isinstance(e, (FrameStep, Preview)) and e.video == "jumps"]
+    assert [type(e) for e in where] == [FrameStep] * 4 + [Preview]
+    assert hashes(tmp_path) == hashes(finished[0])
+
+
 def test_a_kept_cache_spares_the_identity_video(
     finished: tuple[Path, list[Event]], run: Path, tiny_cogvideox_folder: Path, tmp_path: Path
 ) -> None:
@@ -282,7 +303,7 @@ def test_method_none_is_the_model_alone(
     plan = render_plan(STORY, settings(tiny_cogvideox_folder, "method.name=none"))
     worker = ModelWorker(plan.config, plan.facts)
     video = plan.scenes[0].frames[0]
-    *_, (_, latents) = denoise(
+    *_, (_, latents, _) = denoise(
         worker.model,
         worker.new_run(),
         prompt_embeds=worker.model.encode_prompts([video.prompt]),

@@ -18,7 +18,7 @@ from bachvid.methods.bachvid import IdentityRecorder
 from bachvid.methods.base import MethodSettings
 from bachvid.models.base import VideoModel, load_model
 from bachvid.prompts import Prompt, PromptTokenizer, compose_prompt
-from bachvid.sampling import denoise
+from bachvid.sampling import Denoised, denoise
 
 PROMPT = compose_prompt("a snowy forest", "a girl in a yellow dress", "jumps")
 SEED = 7
@@ -72,7 +72,7 @@ def steps_of(
     num_steps: int = 4,
     control: AttentionControl | None = None,
     stop_after: int | None = None,
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[Denoised]:
     embeds = model.encode_prompts([PROMPT, Prompt("", ())])
     return denoise(
         model,
@@ -91,7 +91,7 @@ def steps_of(
 
 def sample(model: VideoModel, **how: Any) -> Tensor:
     """Give the latents of the last step."""
-    return deque(steps_of(model, **how), maxlen=1)[0][1]
+    return deque(steps_of(model, **how), maxlen=1)[0].latents
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
@@ -207,7 +207,7 @@ def test_a_pre_pass_ends_behind_the_forward_of_its_last_step(
     model: VideoModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observer = Observer()
-    (first, _), (second, actual) = steps_of(model, control=observer, stop_after=1)
+    (first, _, _), (second, actual, _) = steps_of(model, control=observer, stop_after=1)
     assert {site.step for site in observer.sites} == {0, 1}
     assert (first, second) == (0, 1)
 
@@ -239,7 +239,7 @@ def test_dpm_noise_depends_on_the_noise_seed(model: VideoModel) -> None:
                 sampling=SamplingConfig(scheduler="dpm", num_steps=4, guidance_scale=3.0),
             ),
             maxlen=1,
-        )[0][1]
+        )[0].latents
         for seed in (SEED, SEED + 1)
     )
     assert not torch.equal(one, other)
@@ -260,6 +260,13 @@ def test_processors_come_back_when_a_step_fails(model: VideoModel) -> None:
     assert model.transformer.attn_processors == original
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_the_estimate_becomes_the_result(model: VideoModel, scheduler: str) -> None:
+    *_, before, last = steps_of(model, scheduler=scheduler)
+    torch.testing.assert_close(last.estimate, last.latents, rtol=0, atol=1e-6)
+    assert not torch.equal(before.estimate, before.latents)
+
+
 def test_closing_a_run_ends_it_after_its_step(model: VideoModel) -> None:
     original = model.transformer.attn_processors
     observer = Observer()
@@ -274,7 +281,7 @@ def test_closing_a_run_ends_it_after_its_step(model: VideoModel) -> None:
 def test_defaults_of_the_model_are_enough_to_sample(folder: Path, model: VideoModel) -> None:
     config = resolve_config(RenderConfig(model=ModelConfig(id=str(folder))), model.facts)
     embeds = model.encode_prompts([PROMPT, Prompt("", ())])
-    ((_, latents),) = denoise(
+    ((_, latents, _),) = denoise(
         model,
         RunContext(layout=model.layout(config.video), rotary=model.rotary(config.video)),
         prompt_embeds=embeds[:1],
