@@ -110,6 +110,11 @@ def plan_execution(
     Raises:
         ConfigError: if the cluster has too little for what the config asks for.
     """
+    if config.cache.directory is not None:
+        raise ConfigError(
+            f"cache.directory: is {config.cache.directory!r}: a cluster keeps keys and values in "
+            f"its object stores, not in files; leave it out, or render in one process"
+        )
     gpus = _gpus_per_worker(cluster, config)
     placed = _place_workers(cluster, config.cluster, gpus)
     caches = CacheRoom(config, placed, frames, cache_bytes, num_steps)

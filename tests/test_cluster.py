@@ -125,6 +125,11 @@ def test_workers_take_gpus_where_there_are_any() -> None:
             "cluster.gpus_per_worker: is 1, and model.device is cpu: on a cluster a worker sees "
             "the GPUs that it asks for and no other; change one of them",
         ),
+        (
+            ["cache.directory=kept"],
+            "cache.directory: is 'kept': a cluster keeps keys and values in its object stores, not "
+            "in files; leave it out, or render in one process",
+        ),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused(overrides: list[str], message: str) -> None:
