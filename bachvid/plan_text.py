@@ -87,7 +87,9 @@ def _method_lines(method: MethodConfig) -> list[str]:
 def _pre_pass_text(method: MethodConfig) -> str:
     assert method.pre_passes is not None
     first = "injects the background" if method.pre_pass_injection == "background" else "plain"
-    return first if method.pre_passes == 1 else f"{first}, then {method.pre_passes - 1} with injection"
+    return (
+        first if method.pre_passes == 1 else f"{first}, then {method.pre_passes - 1} with injection"
+    )
 
 
 def _execution_lines(execution: ExecutionPlan) -> list[str]:

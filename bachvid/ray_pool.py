@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import (
 
 from bachvid.cluster import ExecutionPlan
 from bachvid.config import RenderConfig, read_steps
-from bachvid.errors import WorkerError
+from bachvid.errors import BachvidError, WorkerError
 from bachvid.plan import RenderPlan
 from bachvid.pool import (
     Broken,
@@ -71,6 +71,7 @@ class _Worker:
     starting: ray.ObjectRef[Any] | None
     since: float
     node: str = ""
+    pid: int = 0
     made_with: Mapping[str, str] | None = None
     stream: _Stream | None = None
 
@@ -131,21 +132,25 @@ class RayPool:
         return any(worker.starting is not None for worker in self._workers.values())
 
     def encode(self, prompts: Sequence[Prompt]) -> None:
-        """Encode the prompts on one worker; the embeddings outlive it. Raises WorkerError."""
+        """Encode the prompts on one worker, on another one if it dies. Raises WorkerError."""
         negative = Prompt(self._plan.config.sampling.negative_prompt)
         texts = {p.text: p for p in (negative, *prompts) if p.text not in self._embeds}
-        while not self.idle:
-            self.wait()
-        worker = self._workers[self.idle[0].worker]
-        items = worker.actor.encode.options(num_returns="streaming").remote(list(texts.values()))
-        try:
-            for text, ref in zip(texts, items, strict=True):
-                self._embeds[text] = ref
-            ray.wait(list(self._embeds.values()), num_returns=len(self._embeds), fetch_local=False)
-        except RayError as error:
-            raise WorkerError(
-                f"the prompts could not be encoded: {_first_line(error)}; render again"
-            ) from error
+        while texts:
+            while not self.idle:
+                self.wait()
+            worker = self._workers[self.idle[0].worker]
+            encode = worker.actor.encode.options(num_returns="streaming")
+            try:
+                for ref in encode.remote(list(texts.values())):
+                    # Put again by the driver: with it alone they are lost, on whatever node.
+                    self._embeds[next(iter(texts))] = ray.put(ray.get(ref))
+                    del texts[next(iter(texts))]
+            except RayActorError:
+                self._lost(worker)
+            except RayError as error:
+                raise WorkerError(
+                    f"the prompts could not be encoded: {_reason(error)}; render again"
+                ) from error
 
     def start(self, worker: int, job: Job) -> None:
         """Give a job to an idle worker; a frame video also all that it reads and that is there."""
@@ -254,12 +259,12 @@ class RayPool:
         except StopIteration:
             worker.stream = None
             return []
-        except RayActorError as error:
-            return self._lost(worker, _first_line(error))
+        except RayActorError:
+            return self._lost(worker)
         except RayError as error:
             worker.stream = None
             self._leave(stream)
-            broken = Broken(stream.job, f"its worker failed: {_first_line(error)}")
+            broken = Broken(stream.job, f"its worker failed: {_reason(error)}")
             return [] if stream.is_aborted else [broken]
         if stream.is_aborted:
             return []
@@ -346,27 +351,36 @@ class RayPool:
         assert worker.starting is not None
         try:
             answer = ray.get(worker.starting)
-        except RayActorError as error:
-            return self._lost(worker, _first_line(error))
+        except RayActorError:
+            return self._lost(worker)
         except RayError as error:
-            raise WorkerError(f"a worker could not load the model: {_first_line(error)}") from error
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, BachvidError):  # in words already: a damaged file, say
+                raise cause from error
+            raise WorkerError(f"a worker could not load the model: {_reason(error)}") from error
         if not worker.node:
-            (worker.node, pid), worker.starting = answer, worker.actor.load.remote()
-            logger.info("worker placed id=%d node=%s pid=%d", worker.id, worker.node, pid)
+            worker.node, worker.pid = answer
+            worker.starting = worker.actor.load.remote()
+            logger.info("worker placed id=%d node=%s pid=%d", worker.id, worker.node, worker.pid)
         else:
             worker.made_with, worker.starting = answer, None
             logger.info("worker ready id=%d", worker.id)
         return []
 
-    def _lost(self, worker: _Worker, reason: str) -> list[Message]:
+    def _lost(self, worker: _Worker) -> list[Message]:
         """Replace a dead worker, wherever there is room, and say which job died with it."""
-        logger.warning("worker lost id=%d node=%s reason=%s", worker.id, worker.node, reason)
+        reason = (
+            f"its worker died (process {worker.pid} on node {worker.node[:8]}): killed, out of "
+            f"memory, or the node is gone"
+        )
+        logger.warning("worker lost id=%d: %s", worker.id, reason)
         del self._workers[worker.id]
         self._losses += 1
         if self._losses > _MOST_LOSSES_IN_A_ROW:
             raise WorkerError(
-                f"{self._losses} workers died one after another, none rendered a video; the last: "
-                f"{reason}. What is done is kept: see the log of that node, then render again"
+                f"{self._losses} workers died one after another and none rendered a video; of the "
+                f"last one: {reason}. What is done is kept: see the log of that node (as in "
+                f"/tmp/ray/session_latest/logs), then render again"
             )
         self._spawn("DEFAULT")
         stream = worker.stream
@@ -396,5 +410,7 @@ class RayPool:
             )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _reason(error: RayError) -> str:
+    """Give the first line of what went wrong in a worker, without Ray's frame around it."""
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {str(cause).strip() or 'no reason given'}".split("\n")[0]

@@ -25,13 +25,12 @@ from bachvid.prompts import Prompt
 from bachvid.publication import part_key
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from bachvid.actors import ModelWorker, RenderedVideo
     from bachvid.cache import IdentityCache
     from bachvid.kv_stores import PackedStep
 
 Item = TypeVar("Item")
+_EMBEDS = "embeds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +137,15 @@ class RayWorker:
         """Load the model, not its text encoder; return what videos are made with."""
         return self._worker.made_with
 
-    def encode(self, prompts: Sequence[Prompt]) -> Iterator[Tensor]:
-        """Yield the embeddings [1, T, C] of each of `prompts`; then drop the text encoder."""
+    def encode(self, prompts: Sequence[Prompt]) -> Iterator[bytes]:
+        """Yield the embeddings of each of `prompts`; then drop the text encoder.
+
+        They are [1, T, C], in the bytes of safetensors: the driver holds them, without torch.
+        """
+        from safetensors.torch import save
+
         for prompt in prompts:
-            yield self._worker.model.encode_prompts([prompt]).cpu()
+            yield save({_EMBEDS: self._worker.model.encode_prompts([prompt]).contiguous()})
         self._worker.model.free_text_encoder()
 
     @ray.method(concurrency_group="control")
@@ -156,7 +160,7 @@ class RayWorker:
         number: int,
         scene: str,
         video: VideoPlan,
-        embeds: Mapping[str, ray.ObjectRef[Tensor]],
+        embeds: Mapping[str, ray.ObjectRef[bytes]],
         *,
         records: Sequence[Sequence[int]],
         first: int,
@@ -201,7 +205,7 @@ class RayWorker:
         number: int,
         scene: str,
         video: VideoPlan,
-        embeds: Mapping[str, ray.ObjectRef[Tensor]],
+        embeds: Mapping[str, ray.ObjectRef[bytes]],
         *,
         is_window: bool,
         cache_bytes: int,
@@ -257,17 +261,19 @@ class RayWorker:
     def _job(
         self,
         number: int,
-        embeds: Mapping[str, ray.ObjectRef[Tensor]],
+        embeds: Mapping[str, ray.ObjectRef[bytes]],
         render: Callable[[_Feed], Iterator[Item]],
     ) -> Iterator[Item | Note]:
         """Yield what `render` does, and in the end what went wrong, as a note."""
+        from safetensors.torch import load
+
         feed = self._feed(number)
         assert feed is not None
         try:
             worker = self._worker
+            found = zip(embeds, ray.get(list(embeds.values())), strict=True)
             worker.embeds = {
-                text: embed.to(worker.model.device)
-                for text, embed in zip(embeds, ray.get(list(embeds.values())), strict=True)
+                text: load(saved)[_EMBEDS].to(worker.model.device) for text, saved in found
             }
             yield from render(feed)
         except _Aborted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,16 @@ def test_a_request_that_nothing_can_fulfil_fails_within_seconds(
     finally:
         ray.util.remove_placement_group(hold)
         ray.shutdown()
+
+
+def test_damaged_weights_are_told_in_our_words(
+    three_nodes: Cluster, tiny_cogvideox_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_cogvideox_folder, tmp_path / "model"))
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"^model.id .* cannot load its transformer"):
+        render(folder, tmp_path / "run", address=three_nodes.address)
 
 
 def test_a_video_that_cannot_be_rendered_fails_alone(
