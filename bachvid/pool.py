@@ -126,7 +126,7 @@ class Pool(Protocol):
 
     @property
     def is_growing(self) -> bool:
-        """Whether a worker is being started, and will be idle soon."""
+        """Whether a worker is being started, or ends a job that is over: it will be idle soon."""
 
     def start(self, worker: int, job: Job) -> None:
         """Give a job to an idle worker."""

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray._private import worker as ray_process
 from ray.exceptions import RayError
 
 from bachvid.cluster import ClusterFacts
@@ -37,11 +39,12 @@ def connected(address: str) -> Iterator[ClusterFacts]:
     if ray.is_initialized():
         yield _facts()
         return
-    _connect(address)
-    try:
-        yield _facts()
-    finally:
-        ray.shutdown()
+    with _silent_ray():
+        _connect(address)
+        try:
+            yield _facts()
+        finally:
+            ray.shutdown()
 
 
 def read_cluster(address: str) -> ClusterFacts:
@@ -64,10 +67,9 @@ def _connect(address: str) -> None:
         "runtime_env": {"env_vars": {name: os.environ[name] for name in names}},
     }
     if address == LOCAL:
-        # Loopback: a cluster of one machine is nobody else's business.
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options["include_dashboard"] = False
     try:
-        with _own_signal_handlers():
+        with _own_signal_handlers(), _loopback_if(address == LOCAL):
             ray.init(**options)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
@@ -94,6 +96,34 @@ def _check_answers(address: str) -> None:
             f"--address {address}: no Ray cluster answers: {error}; see whether `ray status "
             f"--address {address}` works on this machine"
         ) from error
+
+
+@contextmanager
+def _silent_ray() -> Iterator[None]:
+    """Keep what Ray itself says when a node is lost off the terminal: a page of a log each time.
+
+    Private: `log_to_driver=False` stops what workers print, not this.
+    """
+    ray_process._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        ray_process._worker_logs_enabled = True
+
+
+@contextmanager
+def _loopback_if(is_local: bool) -> Iterator[None]:
+    """Let a cluster of this machine listen on loopback only: it is nobody else's business.
+
+    Private: Ray does so where it supports no clusters, and reads its variable for that,
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER, when it is imported. It ignores an address of 127.0.0.1.
+    """
+    supported = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = supported and not is_local
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = supported
 
 
 @contextmanager

@@ -15,7 +15,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -68,6 +73,7 @@ class _Worker:
 
     id: int
     actor: Any
+    strategy: Any
     starting: ray.ObjectRef[Any] | None
     since: float
     node: str = ""
@@ -78,10 +84,19 @@ class _Worker:
 
 @dataclass(slots=True)
 class _Scene:
-    """A scene's publication; jobs read by their number."""
+    """A scene's publication; jobs read by their number.
+
+    `identity` is the number of the job that publishes it, or was the last one to do so.
+    """
 
     publication: Publication[int, ray.ObjectRef[Any]]
     cache: ray.ObjectRef[Any] | None = None
+    identity: int = -1
+
+    def clear(self) -> None:
+        """Forget what was published: it is lost, or about to be published again."""
+        self.publication.clear()
+        self.cache = None
 
 
 class RayPool:
@@ -100,17 +115,18 @@ class RayPool:
         self._next_worker = self._next_number = self._losses = 0
         bundle = {"CPU": self._settings.cpus_per_worker, "GPU": execution.gpus_per_worker}
         self._resources = {name: count for name, count in bundle.items() if count}
-        # The gang of an identity video: on one node, where frame videos are placed first, too.
-        self._gang: PlacementGroup = placement_group(
-            [self._resources],
-            strategy="STRICT_PACK",
-            bundle_label_selector=[{"ray.io/node-id": execution.nodes[0].id}],
-        )
+        # The gang of an identity video. Ray places it, and again if its node is lost.
+        self._gang: PlacementGroup = placement_group([self._resources], strategy="STRICT_PACK")
+        if not self._gang.wait(self._settings.wait_seconds):
+            remove_placement_group(self._gang)
+            raise self._no_place()
+        places = {node.id: node.workers for node in execution.nodes}
+        (home,) = placement_group_table(self._gang)["bundles_to_node_id"].values()
+        places[home if home in places else execution.nodes[-1].id] -= 1
         self._spawn(PlacementGroupSchedulingStrategy(self._gang, placement_group_bundle_index=0))
-        for node in execution.nodes:
-            is_first = node is execution.nodes[0]
-            for _ in range(node.workers - is_first):
-                self._spawn(NodeAffinitySchedulingStrategy(node.id, soft=True))
+        for node, count in sorted(places.items(), key=lambda place: place[0] != home):
+            for _ in range(count):
+                self._spawn(NodeAffinitySchedulingStrategy(node, soft=True))
 
     @property
     def idle(self) -> Sequence[Slot]:
@@ -128,8 +144,11 @@ class RayPool:
 
     @property
     def is_growing(self) -> bool:
-        """Whether a worker is being placed, or loads its model."""
-        return any(worker.starting is not None for worker in self._workers.values())
+        """Whether a worker is being placed, loads its model, or ends a job that is over."""
+        return any(
+            worker.starting is not None or (worker.stream is not None and worker.stream.is_aborted)
+            for worker in self._workers.values()
+        )
 
     def encode(self, prompts: Sequence[Prompt]) -> None:
         """Encode the prompts on one worker, on another one if it dies. Raises WorkerError."""
@@ -166,6 +185,8 @@ class RayPool:
         )
         scene = self._scene_of(job)
         if job.is_identity:
+            scene.clear()  # it may be gone with the worker that published it
+            scene.identity = number
             items = actor.identity.options(num_returns="streaming").remote(
                 *given, records=scene.publication.records, first=scene.publication.dropped
             )
@@ -175,7 +196,7 @@ class RayPool:
             )
             scene.publication.join(number)
             if scene.cache is not None:
-                actor.send.remote(number, cache=scene.cache)
+                actor.send.remote(number, cache=[scene.cache])
             keys = scene.publication.keys
             parts = {keys[part]: ref for part, ref in scene.publication.parts.items()}
             actor.send.remote(number, parts=parts)
@@ -286,9 +307,11 @@ class RayPool:
         if note.rendered is not None:
             assert worker.made_with is not None
             self._losses = 0
+            names = (job.scene.scene.id, job.video.id)
+            logger.info("rendered scene=%s video=%s waited=%.3f", *names, note.waited)
             return [Finished(job, note.rendered, worker.made_with)]
         if note.lost is not None:
-            return [CacheLost(job, note.lost), *self._cache_lost(job)]
+            return self._cache_lost(stream, note.lost)
         assert note.error is not None
         return [Broken(job, note.error)]
 
@@ -301,7 +324,7 @@ class RayPool:
         is_last = announced.has_cache if num_parts == 0 else announced.part == num_parts - 1
         if announced.has_cache:
             scene.cache = ref
-            what: dict[str, Any] = {"cache": ref}
+            what: dict[str, Any] = {"cache": [ref]}
         else:
             assert announced.part is not None
             scene.publication.publish(announced.part, ref)
@@ -312,19 +335,21 @@ class RayPool:
                 worker.actor.send.remote(reader.number, **what)
         return [Recorded(stream.job, self._plan.cache_bytes)] if is_last else []
 
-    def _cache_lost(self, job: Job) -> list[Message]:
-        """Forget the cache of a job's scene; the identity video, if it runs, must begin again."""
-        scene = self._scene_of(job)
-        scene.publication.clear()
-        scene.cache = None
+    def _cache_lost(self, stream: _Stream, reason: str) -> list[Message]:
+        """Forget the cache of a scene; its identity video, if it runs, must begin again."""
+        job, scene = stream.job, self._scene_of(stream.job)
+        if stream.number < scene.identity:  # it had read what is being published again already
+            return [WorkerLost(job, reason)]
+        scene.clear()
+        messages: list[Message] = [CacheLost(job, reason)]
         for worker in self._workers.values():
             other = worker.stream
             if other is None or other.is_aborted or not other.job.is_identity:
                 continue
             if other.job.scene is job.scene:
                 self.abort(other.job)
-                return [WorkerLost(other.job, "what it had published is lost")]
-        return []
+                messages.append(WorkerLost(other.job, "what it had published is lost"))
+        return messages
 
     def _leave(self, stream: _Stream) -> None:
         known = self._scenes.get(stream.job.scene.scene.id)
@@ -342,7 +367,7 @@ class RayPool:
             num_gpus=self._resources.get("GPU", 0),
             scheduling_strategy=strategy,
         ).remote(config)
-        worker = _Worker(self._next_worker, actor, actor.place.remote(), time.monotonic())
+        worker = _Worker(self._next_worker, actor, strategy, actor.place.remote(), time.monotonic())
         self._workers[worker.id] = worker
         self._next_worker += 1
 
@@ -382,7 +407,8 @@ class RayPool:
                 f"last one: {reason}. What is done is kept: see the log of that node (as in "
                 f"/tmp/ray/session_latest/logs), then render again"
             )
-        self._spawn("DEFAULT")
+        is_gang = isinstance(worker.strategy, PlacementGroupSchedulingStrategy)
+        self._spawn(worker.strategy if is_gang else "DEFAULT")
         stream = worker.stream
         if stream is None or stream.is_aborted:
             return []
@@ -401,13 +427,16 @@ class RayPool:
             ray.kill(worker.actor)
             del self._workers[worker.id]
         if not self._workers:
-            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-            raise WorkerError(
-                f"no worker found a place in {self._settings.wait_seconds:g} s: each needs "
-                f"{self._resources}, free on the whole cluster are {free}; wait for other jobs, "
-                f"ask for less (cluster.cpus_per_worker, cluster.gpus_per_worker), or wait longer "
-                f"(cluster.wait_seconds)"
-            )
+            raise self._no_place()
+
+    def _no_place(self) -> WorkerError:
+        free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+        return WorkerError(
+            f"no worker found a place in {self._settings.wait_seconds:g} s: each needs "
+            f"{self._resources}, free on the whole cluster are {free}; wait for other jobs, "
+            f"ask for less (cluster.cpus_per_worker, cluster.gpus_per_worker), or wait longer "
+            f"(cluster.wait_seconds)"
+        )
 
 
 def _reason(error: RayError) -> str:

@@ -41,7 +41,7 @@ class Note:
     preview: what the video will become.
     part: the next item of the stream is no note, but this part of the publication.
     has_cache: the next item of the stream is no note, but the identity cache, without a store.
-    rendered: the job has ended well.
+    rendered: the job has ended well; it `waited` so many seconds for keys and values.
     error, lost: it has not; `lost` says that published keys and values were gone or damaged.
     """
 
@@ -50,6 +50,7 @@ class Note:
     part: int | None = None
     has_cache: bool = False
     rendered: RenderedVideo | None = None
+    waited: float = 0.0
     error: str | None = None
     lost: str | None = None
 
@@ -65,20 +66,20 @@ class _Feed:
         self._changed = threading.Condition()
         self._is_aborted = False
         self._credit = 0
-        self._cache: IdentityCache | None = None
+        self._cache: list[ray.ObjectRef[IdentityCache]] = []  # one, once it is there
         self._parts: dict[tuple[int, int], ray.ObjectRef[PackedStep]] = {}
 
     def send(
         self,
         *,
         credit: int = 0,
-        cache: IdentityCache | None = None,
+        cache: Sequence[ray.ObjectRef[IdentityCache]] = (),
         parts: Mapping[tuple[int, int], ray.ObjectRef[PackedStep]] | None = None,
         abort: bool = False,
     ) -> None:
         with self._changed:
             self._credit = max(self._credit, credit)
-            self._cache = cache or self._cache
+            self._cache = list(cache) or self._cache
             self._parts.update(parts or {})
             self._is_aborted |= abort
             self._changed.notify_all()
@@ -95,28 +96,31 @@ class _Feed:
         self.wait(lambda: part < self._credit)
 
     def wait_cache(self) -> IdentityCache:
-        """Wait for the identity cache, which has no store."""
-        self.wait(lambda: self._cache is not None)
-        assert self._cache is not None
-        return self._cache
+        """Wait for the identity cache, which has no store. Raises LostShardError."""
+        self.wait(lambda: bool(self._cache))
+        return _pulled(self._cache[0], "masks and features")
 
     def fetch(self, key: tuple[int, int]) -> PackedStep:
         """Wait for a part and pull it to this node. Raises LostShardError."""
         self.wait(lambda: key in self._parts)
-        try:
-            packed: PackedStep = ray.get(self._parts[key])
-        except RayError as error:
-            raise LostShardError(
-                f"the identity keys and values of step {key[1]} are gone ({type(error).__name__}): "
-                f"the node or the store that held them is lost"
-            ) from error
-        return packed
+        return _pulled(self._parts[key], f"keys and values of step {key[1]}")
 
     def drop(self, passed: tuple[int, int]) -> None:
         """Let go of the parts up to `passed`, so that the store can free them."""
         with self._changed:
             for key in [key for key in self._parts if key <= passed]:
                 del self._parts[key]
+
+
+def _pulled(ref: ray.ObjectRef[Item], what: str) -> Item:
+    try:
+        item: Item = ray.get(ref)
+    except RayError as error:
+        raise LostShardError(
+            f"the identity {what} are gone ({type(error).__name__}): the node or the store that "
+            f"held them is lost"
+        ) from error
+    return item
 
 
 class RayWorker:
@@ -243,7 +247,8 @@ class RayWorker:
                         feed.drop(passed)
                     yield Note(step=item)
             except StopIteration as end:
-                yield Note(rendered=end.value)
+                waited = store.wait_seconds if store else 0.0
+                yield Note(rendered=end.value, waited=waited)
             finally:
                 run.close()
                 if store is not None:

@@ -45,13 +45,18 @@ def cluster_of(nodes: int) -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def workers_of(title: str) -> list[psutil.Process]:
-    """Find the processes of Ray workers that are doing `title` now, as "RayWorker.frame"."""
+def workers_of(cluster: Cluster) -> list[int]:
+    """Find the processes of our workers on a cluster, and those that no cluster has any more."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or [""]
-        if command[0].startswith("ray::") and title in command[0]:
-            found.append(process)
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        title = (process.info["cmdline"] or [""])[0]
+        if title.startswith("ray::RayWorker"):
+            try:
+                raylet = " ".join(psutil.Process(process.info["ppid"]).cmdline())
+            except psutil.NoSuchProcess:
+                continue
+            if cluster.address in raylet or process.info["ppid"] == 1:
+                found.append(process.pid)
     return found
 
 

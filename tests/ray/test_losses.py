@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from clusters import STORE_BYTES, cluster_of, wait_until, workers_of
@@ -107,12 +106,12 @@ class Runs:
         return 1
 
 
-def left_overs(cluster: Cluster) -> tuple[list[psutil.Process], list[str]]:
+def left_overs(cluster: Cluster) -> tuple[list[int], list[str]]:
     """Give the workers and placement groups that a render has left behind."""
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         groups = ray.util.placement_group_table().values()
-        return workers_of("RayWorker"), [g["state"] for g in groups if g["state"] != "REMOVED"]
+        return workers_of(cluster), [g["state"] for g in groups if g["state"] != "REMOVED"]
     finally:
         ray.shutdown()
 
