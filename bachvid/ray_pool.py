@@ -3,6 +3,8 @@
 The driver's process owns all that workers publish: keys and values are items of a streaming
 generator, so they outlive the worker that made them (what an actor itself puts into the store
 dies with it). Only public Ray calls. What Ray raises becomes a message or one of our errors.
+
+Longer than most files: placing, feeding and losing workers are one state machine.
 """
 
 from __future__ import annotations
