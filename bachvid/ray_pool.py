@@ -396,10 +396,8 @@ class RayPool:
 
     def _lost(self, worker: _Worker) -> list[Message]:
         """Replace a dead worker, wherever there is room, and say which job died with it."""
-        reason = (
-            f"its worker died (process {worker.pid} on node {worker.node[:8]}): killed, out of "
-            f"memory, or the node is gone"
-        )
+        where = f"process {worker.pid} on node {worker.node[:8]}" if worker.node else "starting"
+        reason = f"its worker died ({where}): killed, out of memory, or the node is gone"
         logger.warning("worker lost id=%d: %s", worker.id, reason)
         del self._workers[worker.id]
         self._losses += 1

@@ -22,13 +22,16 @@ HEALTH_CHECK = {
 
 
 @contextmanager
-def cluster_of(nodes: int) -> Iterator[Cluster]:
-    """Run a cluster of nodes with one CPU each; the first one is the head."""
+def cluster_of(nodes: int, *, head_cpus: int = 1) -> Iterator[Cluster]:
+    """Run a cluster of nodes with one CPU each; the first one is the head.
+
+    With `head_cpus` 0 no worker is on the node that cannot be removed.
+    """
     folder = tempfile.mkdtemp(prefix="bachvid-", dir="/tmp")  # short: sockets lie in it
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
-            "num_cpus": 1,
+            "num_cpus": head_cpus,
             "object_store_memory": STORE_BYTES,
             "include_dashboard": False,
             "_system_config": HEALTH_CHECK,

@@ -29,6 +29,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Hashes:
     return render(tmp_path_factory.mktemp("here") / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["window", "retain"])
 def test_one_identity_worker_and_two_others_give_the_same_latents(
     policy: str, three_nodes: Cluster, expected: Hashes, tmp_path: Path
