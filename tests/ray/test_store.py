@@ -9,12 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-import psutil
 import pytest
 import ray
 import torch
@@ -174,6 +172,7 @@ def test_a_scene_whose_identity_video_dies_twice_fails_alone(
     assert hashes(tmp_path) == expected
 
 
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 def test_damaged_keys_and_values_are_rendered_again(
     tiny_cogvideox_folder: Path,
     expected: Hashes,
@@ -201,20 +200,19 @@ def test_damaged_keys_and_values_are_rendered_again(
     config = large(tiny_cogvideox_folder, "cache.policy=retain")
     events: list[Event] = []
     runs = stopped = 0
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    try:
-        with StoryRenderer(config, tmp_path, address="local") as renderer:
-            for event in renderer.stream(FOREST):
-                runs += isinstance(event, IdentityStep) and event.step == 0
-                if event == FrameStep("forest", "waves", "main_run", 1, 6) and runs == 1:
-                    stopped = pid_of("forest/waves", caplog)
-                    os.kill(stopped, signal.SIGSTOP)
-                elif stopped and runs == 2:
-                    os.kill(stopped, signal.SIGCONT)
-                    stopped = 0
-                events.append(event)
-    finally:
-        ray.shutdown()
+    with (
+        cluster_of(1, head_cpus=3) as cluster,
+        StoryRenderer(config, tmp_path, address=cluster.address) as renderer,
+    ):
+        for event in renderer.stream(FOREST):
+            runs += isinstance(event, IdentityStep) and event.step == 0
+            if event == FrameStep("forest", "waves", "main_run", 1, 6) and runs == 1:
+                stopped = pid_of("forest/waves", caplog)
+                os.kill(stopped, signal.SIGSTOP)
+            elif stopped and runs == 2:
+                os.kill(stopped, signal.SIGCONT)
+                stopped = 0
+            events.append(event)
     assert "step 3, layer 1, branch cond are damaged, also when fetched again" in caplog.text
     assert_forest_was_rendered_again(events, tmp_path, expected)
 
@@ -282,23 +280,32 @@ def test_the_terminal_shows_our_words_when_a_node_is_lost(
     assert not [line for line in lines if not (re.fullmatch(ours, line) or known in line)]
 
 
-def test_a_cluster_of_its_own_listens_to_this_machine_only() -> None:
+LOCAL = """
+import os, psutil
+from bachvid.ray_cluster import connected
+
+with connected("local"):
+    driver = psutil.Process()
+    for process in [driver, *driver.children(recursive=True)]:
+        for socket in process.net_connections(kind="inet"):
+            if socket.status == psutil.CONN_LISTEN:
+                print(process.name(), socket.laddr.ip)
+    print("authentication", os.environ["RAY_AUTH_MODE"])
+"""
+
+
+def test_a_cluster_of_its_own_is_for_this_machine_and_this_user_only(tmp_path: Path) -> None:
     """A private switch of Ray: this fails if a new version has no such switch."""
-    this = psutil.Process()
-    others = set(this.children(recursive=True))  # of clusters of other tests
-    before = listening([this])
-    with connected("local"):
-        started = set(this.children(recursive=True)) - others
-        addresses = listening([this, *started]) - before
-        assert {"raylet", "gcs_server"} <= {process.name() for process in started}
-    assert len(addresses) > 5
-    assert {address.ip for address in addresses} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
-
-
-def listening(processes: Iterable[psutil.Process]) -> set[NamedTuple]:
-    return {
-        socket.laddr
-        for process in processes
-        for socket in process.net_connections(kind="inet")
-        if socket.status == psutil.CONN_LISTEN
-    }
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", LOCAL],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**environment, "HOME": str(tmp_path)},
+    )
+    *sockets, authentication = [line.split() for line in done.stdout.splitlines()]
+    assert {"gcs_server", "raylet", "ray::IDLE"} <= {name for name, _ in sockets}
+    assert {ip for _, ip in sockets} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    assert authentication == ["authentication", "token"]
+    assert (tmp_path / ".ray" / "auth_token").exists()
