@@ -59,12 +59,16 @@ _MOST_LOSSES_IN_A_ROW = 10  # of workers, before somebody must look at it
 
 @dataclass(slots=True)
 class _Stream:
-    """A job on its worker. `follows` announces that the next item is no note."""
+    """A job on its worker. `follows` announces that the next item is no note; `published` was one.
+
+    The last item of a stream that is cut short is an error, also where it was announced as more.
+    """
 
     number: int
     job: Job
     items: Iterator[ray.ObjectRef[Any]]
     follows: Note | None = None
+    published: ray.ObjectRef[Any] | None = None
     is_aborted: bool = False
     credit: int = 0
 
@@ -276,12 +280,13 @@ class RayPool:
         try:
             ref = next(stream.items)
             announced, stream.follows = stream.follows, None
+            stream.published = ref if announced else None
             if announced is not None:
                 return [] if stream.is_aborted else self._published(stream, announced, ref)
             note: Note = ray.get(ref)
         except StopIteration:
             worker.stream = None
-            return []
+            return [] if stream.is_aborted else self._cut_short(stream)
         except RayActorError:
             return self._lost(worker)
         except RayError as error:
@@ -292,6 +297,21 @@ class RayPool:
         if stream.is_aborted:
             return []
         return self._heard(worker, stream, note)
+
+    def _cut_short(self, stream: _Stream) -> list[Message]:
+        """Say why a stream ended before its job: its last item found no room in the store."""
+        self._leave(stream)
+        assert stream.published is not None
+        try:
+            ray.get(stream.published)
+            reason = "no reason given"
+        except RayError as error:
+            reason = _reason(error)
+        broken = (
+            f"its keys and values cannot be stored: {reason}; make room in the object store or on "
+            f"the disk of its node, or set cache.policy=window, which needs less; then render again"
+        )
+        return [Broken(stream.job, broken)]
 
     def _heard(self, worker: _Worker, stream: _Stream, note: Note) -> list[Message]:
         job = stream.job

@@ -22,11 +22,13 @@ HEALTH_CHECK = {
 
 
 @contextmanager
-def cluster_of(nodes: int, *, head_cpus: int = 1) -> Iterator[Cluster]:
+def cluster_of(nodes: int, *, head_cpus: int = 1, can_spill: bool = True) -> Iterator[Cluster]:
     """Run a cluster of nodes with one CPU each; the first one is the head.
 
-    With `head_cpus` 0 no worker is on the node that cannot be removed.
+    With `head_cpus` 0 no worker is on the node that cannot be removed. Without `can_spill` Ray
+    takes the disk for full.
     """
+    disk = {} if can_spill else {"local_fs_capacity_threshold": 1e-6}
     folder = tempfile.mkdtemp(prefix="bachvid-", dir="/tmp")  # short: sockets lie in it
     cluster = Cluster(
         initialize_head=True,
@@ -34,7 +36,7 @@ def cluster_of(nodes: int, *, head_cpus: int = 1) -> Iterator[Cluster]:
             "num_cpus": head_cpus,
             "object_store_memory": STORE_BYTES,
             "include_dashboard": False,
-            "_system_config": HEALTH_CHECK,
+            "_system_config": HEALTH_CHECK | disk,
             "temp_dir": folder,
         },
     )

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -278,6 +279,24 @@ def test_the_terminal_shows_our_words_when_a_node_is_lost(
     # One line comes from Ray's own C++; the variable that stops it announces itself in another.
     known = "Attempting to recover"
     assert not [line for line in lines if not (re.fullmatch(ours, line) or known in line)]
+
+
+def test_a_store_that_is_full_fails_the_scene_in_our_words(
+    tiny_cogvideox_folder: Path, expected: Hashes, tmp_path: Path
+) -> None:
+    config = large(tiny_cogvideox_folder, "cache.policy=retain")
+    with cluster_of(1, head_cpus=3, can_spill=False) as cluster:
+        ray.init(address=cluster.address, log_to_driver=False)
+        others = ray.get(ray.put(np.ones(STORE_BYTES - int(3.5 * step_bytes(config)), np.uint8)))
+        with StoryRenderer(config, tmp_path, address=cluster.address) as renderer:
+            failed = [event for event in renderer.stream(FOREST) if isinstance(event, Failed)]
+        assert [event.video for event in failed] == ["identity", "jumps", "waves"]
+        for event in failed:
+            assert re.match(r".*cannot be stored: OutOfDiskError: .*; make room in", event.error)
+        del others
+        with StoryRenderer(config, tmp_path, address=cluster.address) as renderer:
+            list(renderer.stream(FOREST))
+    assert hashes(tmp_path) == {key: value for key, value in expected.items() if key[0] == "forest"}
 
 
 LOCAL = """
