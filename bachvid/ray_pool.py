@@ -285,8 +285,7 @@ class RayPool:
                 return [] if stream.is_aborted else self._published(stream, announced, ref)
             note: Note = ray.get(ref)
         except StopIteration:
-            worker.stream = None
-            return [] if stream.is_aborted else self._cut_short(stream)
+            return self._ended(worker, stream)
         except RayActorError:
             return self._lost(worker)
         except RayError as error:
@@ -298,15 +297,21 @@ class RayPool:
             return []
         return self._heard(worker, stream, note)
 
-    def _cut_short(self, stream: _Stream) -> list[Message]:
-        """Say why a stream ended before its job: its last item found no room in the store."""
+    def _ended(self, worker: _Worker, stream: _Stream) -> list[Message]:
+        """Free a worker whose stream is over; one that was cut short says why in its last item."""
+        reason = "no reason given"
+        if not stream.is_aborted:
+            assert stream.published is not None
+            try:
+                ray.get(stream.published)
+            except RayActorError:  # it died between announcing the item and making it
+                return self._lost(worker)
+            except RayError as error:
+                reason = _reason(error)
+        worker.stream = None
+        if stream.is_aborted:
+            return []
         self._leave(stream)
-        assert stream.published is not None
-        try:
-            ray.get(stream.published)
-            reason = "no reason given"
-        except RayError as error:
-            reason = _reason(error)
         broken = (
             f"its keys and values cannot be stored: {reason}; make room in the object store or on "
             f"the disk of its node, or set cache.policy=window, which needs less; then render again"

@@ -33,6 +33,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 _NUM_HEADS, _HEAD_DIM, _TEXT_DIM = 4, 32, 96
 _SPECIAL = ("<pad>", "</s>", "<unk>")
+PAD_ID = _SPECIAL.index("<pad>")
 
 
 def build_vae() -> AutoencoderKLCogVideoX:

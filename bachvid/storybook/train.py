@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import click
 import torch
@@ -19,20 +20,34 @@ from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import save_model
 
 from bachvid.storybook import model as storybook
+from bachvid.storybook import train_wan, wan
 from bachvid.storybook.judge import WEIGHTS, JudgeNetwork
 from bachvid.storybook.train_judge import measure_judge, train_judge
 from bachvid.storybook.train_transformer import (
     Latents,
+    Prompts,
     TextToVideo,
+    cogvideox_noised,
     encode_clips,
     train_transformer,
 )
 from bachvid.storybook.train_vae import reconstruct, train_vae
+from bachvid.storybook.train_wan import WanTextToVideo, flow
 from bachvid.storybook.training import Clips, Settings, render_clips
 from bachvid.storybook.world import Difficulty
 
 _DECODED = 4_000  # clips that the judge sees as the autoencoder gives them back
 _HELD_OUT_SEED = 10_000_000
+
+
+Family = Literal["cogvideox", "wan"]
+_of_family = click.option(
+    "--family", type=click.Choice(get_args(Family)), default="cogvideox", show_default=True
+)
+
+
+def _stage(name: str, family: Family) -> str:
+    return name if family == "cogvideox" else f"{name}-{family}"
 
 
 @click.group()
@@ -80,10 +95,15 @@ def clips(settings: Settings, varied: int, easy: int) -> None:
 
 @main.command()
 @click.option("--steps", default=3_000, show_default=True)
+@_of_family
 @click.pass_obj
-def vae(settings: Settings, steps: int) -> None:
-    """Train the autoencoder."""
-    train_vae(_clips(settings.work, "varied"), settings, steps)
+def vae(settings: Settings, steps: int, family: Family) -> None:
+    """Train the autoencoder; that of the Wan family on the latents of the first one."""
+    clips = _clips(settings.work, "varied")
+    if family == "cogvideox":
+        train_vae(clips, settings, steps)
+    else:
+        train_wan.train_vae(clips, _latents(settings.work, "varied").latent, settings, steps)
 
 
 @main.command()
@@ -118,14 +138,23 @@ def latents(settings: Settings) -> None:
 @click.option("--steps", default=10_000, show_default=True)
 @click.option("--decay-steps", default=4_000, show_default=True)
 @click.option("--easy-steps", default=1_000, show_default=True)
+@_of_family
 @click.pass_obj
-def transformer(settings: Settings, steps: int, decay_steps: int, easy_steps: int) -> None:
+def transformer(
+    settings: Settings, steps: int, decay_steps: int, easy_steps: int, family: Family
+) -> None:
     """Train the transformer and its text encoder."""
     names: tuple[Difficulty, ...] = ("easy", "varied")
     worlds = {name: _latents(settings.work, name) for name in names}
     scale = float(1 / worlds["varied"].latent.std())
     scaled = {name: replace(world, latent=world.latent * scale) for name, world in worlds.items()}
+    torch.manual_seed(settings.seed)
+    model = TextToVideo() if family == "cogvideox" else WanTextToVideo()
     train_transformer(
+        _stage("transformer", family),
+        model,
+        cogvideox_noised if family == "cogvideox" else flow,
+        Prompts() if family == "cogvideox" else Prompts(train_wan.UNMARKED),
         lambda step: scaled["easy" if step < easy_steps else "varied"],
         settings,
         steps=steps,
@@ -156,18 +185,33 @@ def judge(settings: Settings, steps: int) -> None:
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), default=storybook.WEIGHTS)
+@click.option("--out", type=click.Path(path_type=Path), help="Default: in the package.")
+@_of_family
 @click.pass_obj
-def export(settings: Settings, out: Path) -> None:
+def export(settings: Settings, out: Path | None, family: Family) -> None:
     """Write the averaged weights as a diffusers folder."""
+    deviation = float(_latents(settings.work, "varied").latent.std())
+    path = settings.work / f"{_stage('transformer', family)}.pt"
+    state = torch.load(path, weights_only=True)["average"]
+    if family == "wan":
+        wan_text_to_video = WanTextToVideo()
+        wan_text_to_video.load_state_dict(state)
+        wan_autoencoder = wan.build_vae(deviation)
+        found = torch.load(settings.work / "vae-wan.pt", weights_only=True)["average"]
+        wan_autoencoder.load_state_dict(found)
+        wan.save_storybook(
+            out or wan.WEIGHTS,
+            vae=wan_autoencoder,
+            transformer=wan_text_to_video.transformer,
+            text_encoder=wan_text_to_video.text_encoder,
+        )
+        return
     text_to_video = TextToVideo()
-    state = torch.load(settings.work / "transformer.pt", weights_only=True)
-    text_to_video.load_state_dict(state["average"])
+    text_to_video.load_state_dict(state)
     autoencoder = load_vae(settings.work)
-    scale = float(1 / _latents(settings.work, "varied").latent.std())
-    autoencoder.register_to_config(scaling_factor=scale)
+    autoencoder.register_to_config(scaling_factor=1 / deviation)
     storybook.save_storybook(
-        out,
+        out or storybook.WEIGHTS,
         vae=autoencoder,
         transformer=text_to_video.transformer,
         text_encoder=text_to_video.text_encoder,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from bachvid.storybook.training import Clips, Settings, Trainer, to_video, warm_
 from bachvid.storybook.world import ACTIONS, BACKGROUNDS, CHARACTERS
 
 _BATCH = 16
-_MASK_LAYERS = (2, 3, 4, 5)  # whose attention to the prompt is trained to find the character
+MASK_LAYERS = (2, 3, 4, 5)  # whose attention to the prompt is trained to find the character
 TOKEN_IS_CHARACTER = 0.3  # share of a token's pixels
 
 
@@ -51,6 +52,29 @@ def encode_clips(vae: AutoencoderKLCogVideoX, clips: Clips, device: str) -> Late
         latents.append(latent.float().permute(0, 2, 1, 3, 4).cpu())
     masks = torch.cat([pool_to_tokens(mask) for mask in torch.split(clips.mask, 256)])
     return Latents(torch.cat(latents), masks, clips.labels)
+
+
+class KeepsTextLogits(Protocol):
+    """An attention processor that may keep its logits of text tokens for the mask loss."""
+
+    text_logits: Tensor | None  # [B, heads, video tokens, text tokens]
+
+
+class Trainee(Protocol):
+    """A transformer with its text encoder, of any family."""
+
+    transformer: nn.Module
+    text_encoder: nn.Module
+    blocks: nn.ModuleList
+    text_projection: nn.Module
+    processors: Sequence[KeepsTextLogits]
+
+    def __call__(self, latent: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
+        """Predict from noised latents [B, F, C, h, w] what `Noised` says."""
+
+
+Noised = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(clean latents, timestep, noise) -> (noised latents, what the transformer is to predict)."""
 
 
 class AuxiliaryProcessor:
@@ -96,12 +120,12 @@ class TextToVideo(nn.Module):
         self.transformer = storybook.build_transformer()
         tokenizer = storybook.build_tokenizer()
         self.text_encoder = storybook.build_text_encoder(len(tokenizer))
+        self.blocks = self.transformer.transformer_blocks
+        self.text_projection = self.transformer.patch_embed.text_proj
         self.processors = [
-            AuxiliaryProcessor(layer in _MASK_LAYERS) for layer in range(storybook.NUM_LAYERS)
+            AuxiliaryProcessor(layer in MASK_LAYERS) for layer in range(storybook.NUM_LAYERS)
         ]
-        for block, processor in zip(
-            self.transformer.transformer_blocks, self.processors, strict=True
-        ):
+        for block, processor in zip(self.blocks, self.processors, strict=True):
             block.attn1.set_processor(processor)
         cos, sin = get_3d_rotary_pos_embed(
             embed_dim=self.transformer.config.attention_head_dim,
@@ -136,38 +160,51 @@ class TextToVideo(nn.Module):
         )[0]
         return prediction
 
-    def mask_loss(self, spans: Tensor, token_mask: Tensor) -> Tensor:
-        """Push each mask layer's attention to tell character from background tokens.
 
-        spans bool [B, 2, T]: the text tokens of background and character; token_mask [B, N].
-        Per head, the difference of the two parts' log-mean-exp logits; its head mean is a logit.
-        """
-        losses = []
-        for processor in self.processors:
-            if processor.text_logits is None:
-                continue
-            logits = processor.text_logits
-            background, character = (
-                torch.logsumexp(logits.masked_fill(~spans[:, part, None, None], -torch.inf), dim=-1)
-                - spans[:, part].sum(-1).log()[:, None, None]
-                for part in (0, 1)
+def mask_loss(processors: Sequence[KeepsTextLogits], spans: Tensor, token_mask: Tensor) -> Tensor:
+    """Push each mask layer's attention to tell character from background tokens.
+
+    spans bool [B, 2, T]: the text tokens of background and character; token_mask [B, N].
+    Per head, the difference of the two parts' log-mean-exp logits; its head mean is a logit.
+    """
+    losses = []
+    for processor in processors:
+        if processor.text_logits is None:
+            continue
+        logits = processor.text_logits
+        background, character = (
+            torch.logsumexp(logits.masked_fill(~spans[:, part, None, None], -torch.inf), dim=-1)
+            - spans[:, part].sum(-1).log()[:, None, None]
+            for part in (0, 1)
+        )
+        losses.append(
+            F.binary_cross_entropy_with_logits(
+                (character - background).mean(1),
+                (token_mask >= TOKEN_IS_CHARACTER).float(),
+                pos_weight=torch.tensor(2.0, device=logits.device),
             )
-            losses.append(
-                F.binary_cross_entropy_with_logits(
-                    (character - background).mean(1),
-                    (token_mask >= TOKEN_IS_CHARACTER).float(),
-                    pos_weight=torch.tensor(2.0, device=logits.device),
-                )
-            )
-            processor.text_logits = None
-        return torch.stack(losses).mean()
+        )
+        processor.text_logits = None
+    return torch.stack(losses).mean()
+
+
+def cogvideox_noised(clean: Tensor, timestep: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Noise latents as the first model's scheduler does; return them and their velocity."""
+    scheduler = storybook.build_scheduler()
+    noisy: Tensor = scheduler.add_noise(clean, noise, timestep)
+    velocity: Tensor = scheduler.get_velocity(clean, noise, timestep)
+    return noisy, velocity
 
 
 class Prompts:
-    """Token ids and spans of every caption, with parts left out for guidance and robustness."""
+    """Token ids and spans of every caption, with parts left out for guidance and robustness.
 
-    def __init__(self) -> None:
+    The spans leave out `unmarked` words.
+    """
+
+    def __init__(self, unmarked: frozenset[str] = frozenset()) -> None:
         self.tokenizer = storybook.build_tokenizer()
+        self._unmarked = unmarked
         self._cache: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def encode(self, labels: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -183,7 +220,8 @@ class Prompts:
             for row, part in enumerate(parts[:2]):
                 start = text.index(part)
                 for token, (left, right) in enumerate(encoded["offset_mapping"][0].tolist()):
-                    spans[row, token] = bool(part) and start <= left < right <= start + len(part)
+                    is_inside = bool(part) and start <= left < right <= start + len(part)
+                    spans[row, token] = is_inside and text[left:right] not in self._unmarked
             self._cache[labels] = encoded["input_ids"][0], spans
         return self._cache[labels]
 
@@ -204,17 +242,16 @@ def _drop_parts(labels: Tensor, generator: torch.Generator) -> list[tuple[int, i
     return [(row[0], row[1], row[2]) for row in kept.tolist()]
 
 
-def build_optimizers(model: TextToVideo) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: Trainee) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of the blocks and AdamW for all else, faster for the text."""
-    blocks = model.transformer.transformer_blocks
     matrices = [
         p
-        for name, p in blocks.named_parameters()
-        if p.ndim == 2 and (".attn1." in name or ".ff." in name)
+        for name, p in model.blocks.named_parameters()
+        if p.ndim == 2 and name.split(".")[1] in ("attn1", "attn2", "ff", "ffn")
     ]
-    text = [*model.text_encoder.parameters(), *model.transformer.patch_embed.text_proj.parameters()]
+    text = [*model.text_encoder.parameters(), *model.text_projection.parameters()]
     taken = {id(p) for p in (*matrices, *text)}
-    others = [p for p in model.parameters() if id(p) not in taken]
+    others = [p for p in model.transformer.parameters() if id(p) not in taken]
     return [
         torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01),
         torch.optim.AdamW(
@@ -227,10 +264,7 @@ def build_optimizers(model: TextToVideo) -> list[torch.optim.Optimizer]:
 
 @torch.no_grad()
 def swapped_losses(
-    model: TextToVideo,
-    data: Latents,
-    prompts: Prompts,
-    noised: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    model: Trainee, data: Latents, prompts: Prompts, noised: Noised, device: str
 ) -> dict[str, float]:
     """Return the loss at t 900, and how it rises when one part of the prompt is another's.
 
@@ -241,16 +275,16 @@ def swapped_losses(
     clean = data.latent[rows]
     noise = torch.randn(clean.shape, generator=generator)
     timestep = torch.full((len(rows),), 900)
-    noisy, velocity = noised(clean, timestep, noise)
+    noisy, target = (x.to(device) for x in noised(clean, timestep, noise))
     losses = []
     for part in range(4):
         labels = data.labels[rows].clone()
         if part:
             labels[:, part - 1] = (labels[:, part - 1] + 1) % len(ACTIONS)
         ids, _ = prompts.batch([(a, b, c) for a, b, c in labels.tolist()])
-        with torch.autocast(noisy.device.type, torch.bfloat16):
-            predicted = model(noisy, timestep.to(noisy.device), ids.to(noisy.device))
-        losses.append(float((predicted.float() - velocity).square().mean()))
+        with torch.autocast(device, torch.bfloat16):
+            predicted = model(noisy, timestep.to(device), ids.to(device))
+        losses.append(float((predicted.float() - target).square().mean()))
     for processor in model.processors:
         processor.text_logits = None
     names = ("background", "character", "action")
@@ -259,6 +293,10 @@ def swapped_losses(
 
 
 def train_transformer(
+    stage: str,
+    model: Trainee,
+    noised: Noised,
+    prompts: Prompts,
     latents: Callable[[int], Latents],
     settings: Settings,
     *,
@@ -266,19 +304,10 @@ def train_transformer(
     decay_steps: int,
 ) -> bool:
     """Train transformer and text encoder. `latents` gives the clips to learn from at a step."""
-    torch.manual_seed(settings.seed)
-    model = TextToVideo().to(settings.device)
-    trainer = Trainer(settings, "transformer", model, build_optimizers(model))
-    for block in model.transformer.transformer_blocks:
+    assert isinstance(model, nn.Module)
+    trainer = Trainer(settings, stage, model.to(settings.device), build_optimizers(model))
+    for block in model.blocks:
         block.compile()
-    scheduler = storybook.build_scheduler()
-    prompts = Prompts()
-
-    def noised(clean: Tensor, timestep: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            scheduler.add_noise(clean, noise, timestep).to(settings.device),
-            scheduler.get_velocity(clean, noise, timestep).to(settings.device),
-        )
 
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         data = latents(step)
@@ -287,24 +316,24 @@ def train_transformer(
         timestep = (2 * stratum / (1 + stratum) * 1000).long().clamp(0, 999)  # towards noise
         clean, share = data.latent[rows], data.token_mask[rows]
         noise = torch.randn(clean.shape, generator=generator)
-        noisy, velocity = noised(clean, timestep, noise)
+        noisy, target = (x.to(settings.device) for x in noised(clean, timestep, noise))
         kept = _drop_parts(data.labels[rows], generator)
         ids, spans = (x.to(settings.device) for x in prompts.batch(kept))
         with torch.autocast(settings.device, torch.bfloat16):
             predicted = model(noisy, timestep.to(settings.device), ids).float()
         near = F.max_pool2d((share > 0.2).float(), 3, 1, 1)
         weight = (1 + 5 * near)[:, :, None].to(settings.device)
-        denoising = (weight * (predicted - velocity).square()).mean() / weight.mean()
+        denoising = (weight * (predicted - target).square()).mean() / weight.mean()
         whole = torch.tensor([b >= 0 and c >= 0 for b, c, _ in kept], device=settings.device)
         token_mask = share.flatten(1).to(settings.device)
         for processor in model.processors:
             if processor.text_logits is not None:
                 processor.text_logits = processor.text_logits[whole]
-        mask = model.mask_loss(spans[whole], token_mask[whole])
+        mask = mask_loss(model.processors, spans[whole], token_mask[whole])
         return {"loss": denoising + 0.1 * mask, "denoising": denoising, "mask": mask}
 
     def inspect(step: int) -> None:
-        rise = swapped_losses(model, latents(step), prompts, noised)
+        rise = swapped_losses(model, latents(step), prompts, noised, settings.device)
         trainer.log(step=step, swapped="rise of the loss at t 900", **rise)
 
     def rate_at(step: int) -> float:
