@@ -18,28 +18,29 @@ from bachvid.story import NoisePolicy
 from bachvid.strict_yaml import (
     Location,
     YamlValue,
-    did_you_mean,
     dotted,
     parse_mapping,
-    parse_yaml,
+    parse_override,
     read_text,
     shown,
     validate,
 )
 
 if TYPE_CHECKING:
-    from bachvid.facts import ModelFacts, ProfileFacts
+    from bachvid.facts import ModelFacts
+    from bachvid.profiles import ProfileFacts
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-SchedulerName = Literal["ddim", "dpm"]
+SchedulerName = Literal["ddim", "dpm", "unipc", "euler"]
 Branches = Literal["both", "cond"]
 MaskSoftmax = Literal["joint", "text"]
+MaskWords = Literal["all", "nouns"]
 MatchWithin = Literal["video", "foreground"]
 PrePassInjection = Literal["background", "none"]
 ProfileName = Literal["paper", "fast"]
 CachePolicy = Literal["auto", "window", "retain"]
 
-INDECISIVE = ("output", "cache", "cluster")  # sections that do not decide the pixels
+INDECISIVE = ("output", "cache", "cluster", "parallel")  # sections that do not decide the pixels
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 SectionT = TypeVar("SectionT", bound="_Section")
@@ -97,6 +98,7 @@ class MethodConfig(_Section):
     pre_pass_injection: PrePassInjection | None = None  # in the first one
     match_threshold: Annotated[float, Field(ge=-1, le=1)] | None = None  # cosine similarity
     mask_softmax: MaskSoftmax | None = None
+    mask_words: MaskWords | None = None  # nouns: the story's, or all but function words
     match_within: MatchWithin | None = None
     morphology: bool = False
     on_empty_mask: Literal["adapt", "fail"] = "adapt"
@@ -154,6 +156,14 @@ class ClusterConfig(_Section):
     wait_seconds: Annotated[float, Field(ge=0)] = 60  # for a worker to find room and start
 
 
+class ParallelConfig(_Section):
+    """How many GPUs, or on CPUs processes, share one video: no more than its last bits change."""
+
+    identity_gpus: Count = 1  # of an identity video
+    gpus_per_frame_actor: Count = 1
+    cfg: Literal[1, 2] = 1  # 2: half of them compute the unconditional branch, half the other
+
+
 class RenderConfig(_Section):
     """The whole config, one section for each owner."""
 
@@ -164,6 +174,7 @@ class RenderConfig(_Section):
     output: OutputConfig = OutputConfig()
     cache: CacheConfig = CacheConfig()
     cluster: ClusterConfig = ClusterConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @classmethod
     def from_yaml(cls, path: Path | None, overrides: Sequence[str] = ()) -> RenderConfig:
@@ -176,7 +187,7 @@ class RenderConfig(_Section):
             values = parse_mapping(read_text(path), source=str(path), keys=list(cls.model_fields))
         origins: dict[str, str] = {}
         for override in overrides:
-            section, key, value = _parse_override(override)
+            section, key, value = parse_override(override, cls)
             written = values.setdefault(section, {})
             if not isinstance(written, dict):
                 raise ConfigError(f"{path}: {section}: is {shown(written)}: must be a mapping")
@@ -214,6 +225,11 @@ def resolve_config(config: RenderConfig, facts: ModelFacts) -> RenderConfig:
         noise=defaults.noise,
     )
     assert sampling.num_steps
+    if sampling.scheduler not in facts.schedulers:
+        raise ConfigError(
+            f"sampling.scheduler: is {shown(sampling.scheduler)}: {facts.name} is of the family "
+            f"{facts.family}, which has {' and '.join(facts.schedulers)}"
+        )
     method = _resolve_method(config.method, facts.profiles[config.method.profile], sampling)
     _check_method(method, facts, num_steps=sampling.num_steps)
     return RenderConfig(
@@ -224,6 +240,7 @@ def resolve_config(config: RenderConfig, facts: ModelFacts) -> RenderConfig:
         output=_filled(config.output, fps=defaults.fps),
         cache=config.cache,
         cluster=config.cluster,
+        parallel=config.parallel,
     )
 
 
@@ -289,6 +306,7 @@ def _resolve_method(
         pre_pass_injection=profile.pre_pass_injection,
         match_threshold=profile.match_threshold,
         mask_softmax=profile.mask_softmax,
+        mask_words=profile.mask_words,
         match_within=profile.match_within,
     )
 
@@ -320,25 +338,3 @@ def _check_method(method: MethodConfig, facts: ModelFacts, *, num_steps: int) ->
             f"{method.mask_step}, before anything is injected (method.inject_steps "
             f"{list(method.inject_steps)}), so a second one would repeat the first; set it to 1"
         )
-
-
-def _parse_override(override: str) -> tuple[str, str, YamlValue]:
-    path, equals, text = override.partition("=")
-    source = f"--set {override}"
-    if not equals:
-        raise ConfigError(f"{source}: has no '='; write section.key=value")
-    sections = {name: field.annotation for name, field in RenderConfig.model_fields.items()}
-    known = {
-        f"{name}.{key}"
-        for name, section in sections.items()
-        if isinstance(section, type) and issubclass(section, _Section)
-        for key in section.model_fields
-    }
-    if path in sections:
-        keys = ", ".join(sorted(name for name in known if name.startswith(f"{path}.")))
-        raise ConfigError(f"{source}: {path} is a section; set one of {keys}")
-    if path not in known:
-        guess = did_you_mean(path, sorted(known))
-        raise ConfigError(f"{source}: unknown key {shown(path)}.{guess}")
-    section, _, key = path.partition(".")
-    return section, key, parse_yaml(text, source=source)

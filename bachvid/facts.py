@@ -2,51 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bachvid.config import (
-    Branches,
-    Dtype,
-    MaskSoftmax,
-    MatchWithin,
-    ModelConfig,
-    PrePassInjection,
-    SchedulerName,
-)
+from bachvid.config import Dtype, ModelConfig, SchedulerName
 from bachvid.errors import ConfigError, ModelSupportError
+from bachvid.gangs import Branch
+from bachvid.model_files import (
+    CogVideoXTransformerFile,
+    CogVideoXVaeFile,
+    JsonFile,
+    ModelIndex,
+    TextEncoderFile,
+    WanTransformerFile,
+    WanVaeFile,
+    check_cogvideox,
+    check_wan,
+    download_json,
+    read_json,
+)
+from bachvid.profiles import ProfileFacts, cogvideox_profiles, wan_profiles
 from bachvid.story import NoisePolicy
-from bachvid.strict_yaml import did_you_mean, read_text, shown, validate
+from bachvid.strict_yaml import did_you_mean, shown
 
 STORYBOOK_ID = "storybook"
 STORYBOOK_FOLDER = Path(__file__).parent / "storybook" / "weights"
+EMBEDDED: Mapping[str, Path] = {
+    STORYBOOK_ID: STORYBOOK_FOLDER,
+    "storybook-wan": Path(__file__).parent / "storybook" / "wan_weights",
+}
 
-FileT = TypeVar("FileT", bound="_JsonFile")
-
-
-class ProfileFacts(BaseModel):
-    """A named way to run the method on one model. Layers count from 0; fractions are of steps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    vital_layers: tuple[int, ...]
-    mask_layers: tuple[int, ...]
-    match_layers: tuple[int, ...]
-    mask_fraction: float = Field(ge=0, lt=1)
-    inject_fraction: tuple[float, float]
-    branches: Branches
-    pre_passes: int = Field(1, ge=1)
-    pre_pass_injection: PrePassInjection
-    match_threshold: float = Field(0.5, ge=-1, le=1)
-    mask_softmax: MaskSoftmax = "joint"
-    match_within: MatchWithin = "video"
+Family = Literal["cogvideox", "wan"]
 
 
 class DefaultFacts(BaseModel):
@@ -77,11 +69,32 @@ class Vocabulary(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
+class FamilyFacts:
+    """What the models of one family have in common.
+
+    `passes` are the forwards of one guided step, in their order, by the CFG branches that share
+    one. `has_joint_text`: text tokens stand in the video's own attention, not in one beside it.
+    """
+
+    pipeline: str  # the diffusers class
+    schedulers: tuple[SchedulerName, ...]
+    passes: tuple[tuple[Branch, ...], ...]
+    has_joint_text: bool
+    size_step: int  # the stock pipeline refuses sizes in pixels that this does not divide
+
+
+FAMILIES: Mapping[Family, FamilyFacts] = {
+    "cogvideox": FamilyFacts("CogVideoXPipeline", ("ddim", "dpm"), (("uncond", "cond"),), True, 8),
+    "wan": FamilyFacts("WanPipeline", ("unipc", "euler"), (("cond",), ("uncond",)), False, 16),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """The sizes and defaults of one model. `folder` is None for a Hub model not downloaded."""
 
     name: str
-    family: Literal["cogvideox"]
+    family: Family
     folder: Path | None
     num_layers: int
     num_heads: int
@@ -89,14 +102,28 @@ class ModelFacts:
     text_tokens: int  # the length that every prompt is padded to
     text_dim: int
     has_rope: bool
-    patch_size: int
-    patch_size_t: int | None  # None in every CogVideoX 1.0
+    patch_size: int  # latents per token, along height and width; along time it is 1
     latent_channels: int
     spatial_ratio: int  # pixels per latent, along height and width
     temporal_ratio: int  # pixel frames per latent frame, after the first
     defaults: DefaultFacts
     profiles: Mapping[str, ProfileFacts]
     vocabulary: Vocabulary | None = None
+
+    @property
+    def schedulers(self) -> tuple[SchedulerName, ...]:
+        """The schedulers that the family has."""
+        return FAMILIES[self.family].schedulers
+
+    @property
+    def passes(self) -> tuple[tuple[Branch, ...], ...]:
+        """The forwards of one guided step, in their order, by the CFG branches that share one."""
+        return FAMILIES[self.family].passes
+
+    @property
+    def joint_text_tokens(self) -> int:
+        """Text tokens in the video's own attention; 0 where text has an attention of its own."""
+        return self.text_tokens if FAMILIES[self.family].has_joint_text else 0
 
     def grid(self, pixel_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Give the token grid (latent_frames, grid_height, grid_width) of a video.
@@ -110,8 +137,7 @@ class ModelFacts:
                 f"video.pixel_frames: is {pixel_frames}: must be 1 more than a multiple of "
                 f"{frame_stride}; nearest are {' and '.join(str(n + 1) for n in nearest)}"
             )
-        # The stock pipeline refuses sizes that 8 does not divide, whatever the VAE could do.
-        stride = math.lcm(8, self.spatial_ratio * self.patch_size)
+        stride = math.lcm(FAMILIES[self.family].size_step, self.spatial_ratio * self.patch_size)
         for name, size in (("height", height), ("width", width)):
             if size % stride:
                 nearest = _nearest(size, stride, first=stride)
@@ -125,60 +151,69 @@ class ModelFacts:
 
 
 def load_facts(model: ModelConfig) -> ModelFacts:
-    """Give the facts of the embedded model, a folder, or a Hub id.
+    """Give the facts of an embedded model, a folder, or a Hub id.
 
-    The published CogVideoX need no network; of another Hub id the json files are downloaded.
+    The published models need no network; of another Hub id the json files are downloaded.
     Raises ConfigError if `model.id` names nothing, ModelSupportError if not a model that we run.
     """
-    if model.id == STORYBOOK_ID:
-        return read_facts(STORYBOOK_FOLDER, name=STORYBOOK_ID)
+    if model.id in EMBEDDED:
+        return read_facts(EMBEDDED[model.id], name=model.id)
     if model.id in PUBLISHED:
         return PUBLISHED[model.id]
     folder = Path(model.id)
     if folder.is_dir():
         return read_facts(folder, name=folder.resolve().name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model.id):
-        guess = did_you_mean(model.id, [STORYBOOK_ID, *PUBLISHED])
+        guess = did_you_mean(model.id, [*EMBEDDED, *PUBLISHED])
         raise ConfigError(
-            f"model.id: is {shown(model.id)}: must be {STORYBOOK_ID!r}, a folder that exists, "
-            f"or a Hub id as 'THUDM/CogVideoX-5b'.{guess}"
+            f"model.id: is {shown(model.id)}: must be {' or '.join(map(repr, EMBEDDED))}, a folder "
+            f"that exists, or a Hub id as 'THUDM/CogVideoX-5b'.{guess}"
         )
-    return read_facts(_download_json(model), name=model.id)
+    return read_facts(download_json(model), name=model.id)
 
 
 def read_facts(folder: Path, *, name: str) -> ModelFacts:
-    """Read the facts of a diffusers folder. Raises ModelSupportError if it is not CogVideoX."""
-    index = _read_json(folder / "model_index.json", _ModelIndex)
-    if index.class_name != "CogVideoXPipeline":
+    """Read the facts of a diffusers folder. Raises ModelSupportError if we cannot run it."""
+    index = read_json(folder / "model_index.json", ModelIndex)
+    pipelines = {traits.pipeline: family for family, traits in FAMILIES.items()}
+    if index.class_name not in pipelines:
         raise ModelSupportError(
-            f"{folder}: is a {index.class_name}: only CogVideoXPipeline, which makes videos from "
-            f"text, is supported"
+            f"{folder}: is a {index.class_name}: only {' and '.join(pipelines)}, which make videos "
+            f"from text, are supported"
         )
-    transformer = _read_json(folder / "transformer" / "config.json", _TransformerFile)
-    vae = _read_json(folder / "vae" / "config.json", _VaeFile)
-    encoder = _read_json(folder / "text_encoder" / "config.json", _TextEncoderFile)
-    if transformer.patch_size_t is not None:
+    transformer_path = folder / "transformer" / "config.json"
+    vae_path = folder / "vae" / "config.json"
+    vae: CogVideoXVaeFile | WanVaeFile
+    if pipelines[index.class_name] == "cogvideox":
+        transformer = read_json(transformer_path, CogVideoXTransformerFile)
+        check_cogvideox(transformer, folder)
+        vae = read_json(vae_path, CogVideoXVaeFile)
+        facts = _cogvideox_facts(transformer, vae, name=name, folder=folder)
+    else:
+        wan_transformer = read_json(transformer_path, WanTransformerFile)
+        vae = read_json(vae_path, WanVaeFile)
+        check_wan(index, wan_transformer, vae, folder)
+        facts = _wan_facts(wan_transformer, vae, name=name, folder=folder)
+    encoder = read_json(folder / "text_encoder" / "config.json", TextEncoderFile)
+    if (vae.latent_channels, encoder.d_model) != (facts.latent_channels, facts.text_dim):
         raise ModelSupportError(
-            f"{folder}: has patch_size_t {transformer.patch_size_t}, so it is a CogVideoX 1.5: "
-            f"only 1.0 is supported; use CogVideoX-2b or CogVideoX-5b"
+            f"{folder}: its parts do not fit: the transformer takes {facts.latent_channels} latent "
+            f"and {facts.text_dim} text channels, the VAE gives {vae.latent_channels} and the "
+            f"text encoder {encoder.d_model}"
         )
-    if (
-        transformer.in_channels != vae.latent_channels
-        or encoder.d_model != transformer.text_embed_dim
-    ):
-        raise ModelSupportError(
-            f"{folder}: its parts do not fit: the transformer takes {transformer.in_channels} "
-            f"latent and {transformer.text_embed_dim} text channels, the VAE gives "
-            f"{vae.latent_channels} and the text encoder {encoder.d_model}"
-        )
-    return _assemble(transformer, vae, name=name, folder=folder)
+    return _with_own_facts(facts, folder / "storybook.json")
 
 
-def _assemble(
-    transformer: _TransformerFile, vae: _VaeFile, *, name: str, folder: Path | None
+def _cogvideox_facts(
+    transformer: CogVideoXTransformerFile,
+    vae: CogVideoXVaeFile,
+    *,
+    name: str,
+    folder: Path | None,
+    dtype: Dtype = "float32",  # right for every folder
 ) -> ModelFacts:
     spatial_ratio = 2 ** (len(vae.block_out_channels) - 1)
-    facts = ModelFacts(
+    return ModelFacts(
         name=name,
         family="cogvideox",
         folder=folder,
@@ -189,8 +224,7 @@ def _assemble(
         text_dim=transformer.text_embed_dim,
         has_rope=transformer.use_rotary_positional_embeddings,
         patch_size=transformer.patch_size,
-        patch_size_t=transformer.patch_size_t,
-        latent_channels=vae.latent_channels,
+        latent_channels=transformer.in_channels,
         spatial_ratio=spatial_ratio,
         temporal_ratio=vae.temporal_compression_ratio,
         defaults=DefaultFacts(
@@ -201,20 +235,73 @@ def _assemble(
             num_steps=50,
             guidance_scale=6.0,
             scheduler="ddim",
-            dtype="float32",  # right for every folder; those published name their own below
+            dtype=dtype,
             noise="same",
         ),
-        profiles=_scaled_profiles(transformer.num_layers),
+        profiles=cogvideox_profiles(transformer.num_layers),
     )
-    own = folder / "storybook.json" if folder else None
-    if own is None or not own.exists():
+
+
+def _wan_facts(
+    transformer: WanTransformerFile,
+    vae: WanVaeFile,
+    *,
+    name: str,
+    folder: Path | None,
+    dtype: Dtype = "float32",
+) -> ModelFacts:
+    return ModelFacts(
+        name=name,
+        family="wan",
+        folder=folder,
+        num_layers=transformer.num_layers,
+        num_heads=transformer.num_attention_heads,
+        head_dim=transformer.attention_head_dim,
+        text_tokens=512,  # no file says it: the stock pipeline's default
+        text_dim=transformer.text_dim,
+        has_rope=True,
+        patch_size=transformer.patch_size[1],
+        latent_channels=transformer.in_channels,
+        spatial_ratio=vae.scale_factor_spatial,
+        temporal_ratio=vae.scale_factor_temporal,
+        defaults=DefaultFacts(
+            pixel_frames=81,
+            height=480,
+            width=832,
+            fps=16,
+            num_steps=50,
+            guidance_scale=5.0,
+            scheduler="unipc",
+            dtype=dtype,
+            noise="same",
+        ),
+        profiles=wan_profiles(transformer.num_layers),
+    )
+
+
+class _StorybookFile(JsonFile):
+    text_tokens: int | None = Field(None, ge=1)  # only where no file of diffusers says it
+    vocabulary: Vocabulary | None = None
+    defaults: DefaultFacts
+    profiles: Mapping[str, ProfileFacts]
+
+
+def _with_own_facts(facts: ModelFacts, path: Path) -> ModelFacts:
+    """Give `facts` with what stands in a file of ours, where a folder has one."""
+    if not path.exists():
         return facts
-    storybook = _read_json(own, _StorybookFile)
+    own = read_json(path, _StorybookFile)
+    if own.text_tokens is not None and facts.family != "wan":
+        raise ModelSupportError(
+            f"{path}: text_tokens: is {own.text_tokens}: only a Wan model can choose it; for "
+            f"{facts.family} the transformer's max_text_seq_length says it, {facts.text_tokens}"
+        )
     return replace(
         facts,
-        defaults=storybook.defaults,
-        profiles=storybook.profiles,
-        vocabulary=storybook.vocabulary,
+        text_tokens=own.text_tokens or facts.text_tokens,
+        defaults=own.defaults,
+        profiles=own.profiles,
+        vocabulary=own.vocabulary,
     )
 
 
@@ -223,123 +310,32 @@ def _nearest(value: int, stride: int, *, first: int) -> list[int]:
     return [legal for legal in (below, below + stride) if legal >= first]
 
 
-# --- the files of a diffusers folder; what a file leaves out is its class's default --------------
-
-
-class _JsonFile(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class _ModelIndex(_JsonFile):
-    class_name: str = Field(alias="_class_name")
-
-
-class _TransformerFile(_JsonFile):
-    num_layers: int = Field(30, ge=1)
-    num_attention_heads: int = Field(30, ge=1)
-    attention_head_dim: int = Field(64, ge=1)
-    in_channels: int = Field(16, ge=1)
-    max_text_seq_length: int = Field(226, ge=1)
-    text_embed_dim: int = Field(4096, ge=1)
-    use_rotary_positional_embeddings: bool = False
-    patch_size: int = Field(2, ge=1)
-    patch_size_t: int | None = Field(None, ge=1)
-    sample_frames: int = Field(49, ge=1)
-    sample_height: int = Field(60, ge=1)
-    sample_width: int = Field(90, ge=1)
-
-
-class _VaeFile(_JsonFile):
-    latent_channels: int = Field(16, ge=1)
-    block_out_channels: tuple[int, ...] = Field((128, 256, 256, 512), min_length=1)
-    temporal_compression_ratio: int = Field(4, ge=1)
-
-
-class _TextEncoderFile(_JsonFile):
-    d_model: int = Field(ge=1)
-
-
-class _StorybookFile(_JsonFile):
-    vocabulary: Vocabulary | None = None
-    defaults: DefaultFacts
-    profiles: Mapping[str, ProfileFacts]
-
-
-def _read_json(path: Path, model: type[FileT]) -> FileT:
-    try:
-        return validate(model, json.loads(read_text(path)), source=lambda _: str(path))
-    except ConfigError as error:
-        raise ModelSupportError(f"not a diffusers folder that can be read: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelSupportError(f"{path}: not JSON: {error}") from None
-
-
-def _download_json(model: ModelConfig) -> Path:
-    from huggingface_hub import snapshot_download  # half a second that nobody else should pay
-
-    patterns = ["*.json", "tokenizer/*"]
-    try:
-        snapshot = snapshot_download(model.id, revision=model.revision, allow_patterns=patterns)
-    except (OSError, ValueError) as error:  # every error of the Hub's client is one of these
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            f"model.id: is {shown(model.id)}: neither a folder here nor to be had from the Hub "
-            f"({reason})"
-        ) from None
-    return Path(snapshot)
-
-
 # --- published models ---------------------------------------------------------------------------
 
-_PAPER_DEPTH = 42  # layers of CogVideoX-5b, whose layer sets BachVid publishes
-
-
-def _scaled_profiles(num_layers: int) -> dict[str, ProfileFacts]:
-    """Give both profiles for a CogVideoX of `num_layers`.
-
-    The layers are those of the paper, counted from 0: as published for 42 layers. For another
-    depth none are published; there we take the layers at the same relative depth.
-    Source: BachVid (arXiv 2510.21696v1), Sec. 3.2-3.4 and App. B.
-    """
-
-    def at_depth(*layers: int) -> tuple[int, ...]:
-        scale = (num_layers - 1) / (_PAPER_DEPTH - 1)
-        return tuple(sorted({round(layer * scale) for layer in layers}))
-
-    paper = ProfileFacts(
-        vital_layers=at_depth(0, 1, 11, 12, 13, 14, 15, 17, 19, 20, 21, 23, 29, 34, 41),
-        mask_layers=at_depth(*range(5, 20)),
-        match_layers=at_depth(*range(1, 16)),
-        mask_fraction=5 / 50,
-        inject_fraction=(0.0, 0.52),
-        branches="both",
-        pre_pass_injection="background",
-    )
-    fast = paper.model_copy(
-        update={"inject_fraction": (0.0, 1.0), "branches": "cond", "pre_pass_injection": "none"}
-    )
-    return {"paper": paper, "fast": fast}
-
-
-def _published(name: str) -> dict[str, ModelFacts]:
-    """Give the facts of a published model under both spellings of its Hub id."""
-    transformer, dtype = _TRANSFORMERS[name]
-    found: dict[str, ModelFacts] = {}
-    for hub_id in (f"THUDM/{name}", f"zai-org/{name}"):
-        facts = _assemble(transformer, _VaeFile(), name=hub_id, folder=None)
-        found[hub_id] = replace(facts, defaults=facts.defaults.model_copy(update={"dtype": dtype}))
-    return found
-
-
 # Source: diffusers, scripts/convert_cogvideox_to_diffusers.py, get_transformer_init_kwargs.
-_TRANSFORMERS: Mapping[str, tuple[_TransformerFile, Dtype]] = {
-    "CogVideoX-2b": (_TransformerFile(), "float16"),
+_COGVIDEOX_TRANSFORMERS: Mapping[str, tuple[CogVideoXTransformerFile, Dtype]] = {
+    "CogVideoX-2b": (CogVideoXTransformerFile(), "float16"),
     "CogVideoX-5b": (
-        _TransformerFile(
+        CogVideoXTransformerFile(
             num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True
         ),
         "bfloat16",
     ),
 }
 
-PUBLISHED: Mapping[str, ModelFacts] = _published("CogVideoX-2b") | _published("CogVideoX-5b")
+# Source: diffusers, scripts/convert_wan_to_diffusers.py, get_transformer_config.
+_WAN_TRANSFORMERS: Mapping[str, WanTransformerFile] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": WanTransformerFile(num_layers=30, num_attention_heads=12),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": WanTransformerFile(),
+}
+
+PUBLISHED: Mapping[str, ModelFacts] = {
+    f"{owner}/{name}": _cogvideox_facts(
+        transformer, CogVideoXVaeFile(), name=f"{owner}/{name}", folder=None, dtype=dtype
+    )
+    for name, (transformer, dtype) in _COGVIDEOX_TRANSFORMERS.items()
+    for owner in ("THUDM", "zai-org")  # both spellings are in use
+} | {
+    name: _wan_facts(transformer, WanVaeFile(), name=name, folder=None, dtype="bfloat16")
+    for name, transformer in _WAN_TRANSFORMERS.items()
+}

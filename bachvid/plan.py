@@ -169,7 +169,7 @@ def plan_layout(video: VideoConfig, facts: ModelFacts) -> TokenLayout:
     assert video.height is not None
     assert video.width is not None
     return TokenLayout(
-        facts.text_tokens, *facts.grid(video.pixel_frames, video.height, video.width)
+        facts.joint_text_tokens, *facts.grid(video.pixel_frames, video.height, video.width)
     )
 
 

@@ -138,6 +138,32 @@ def parse_mapping(text: str, *, source: str, keys: Sequence[str]) -> dict[object
     return value
 
 
+def parse_override(override: str, model: type[BaseModel]) -> tuple[str, str, YamlValue]:
+    """Parse `section.key=value` for a `model` of sections, the value in YAML.
+
+    Raises ConfigError if there is no such key.
+    """
+    path, equals, text = override.partition("=")
+    source = f"--set {override}"
+    if not equals:
+        raise ConfigError(f"{source}: has no '='; write section.key=value")
+    sections = {name: field.annotation for name, field in model.model_fields.items()}
+    known = {
+        f"{name}.{key}"
+        for name, section in sections.items()
+        if isinstance(section, type) and issubclass(section, BaseModel)
+        for key in section.model_fields
+    }
+    if path in sections:
+        keys = ", ".join(sorted(name for name in known if name.startswith(f"{path}.")))
+        raise ConfigError(f"{source}: {path} is a section; set one of {keys}")
+    if path not in known:
+        guess = did_you_mean(path, sorted(known))
+        raise ConfigError(f"{source}: unknown key {shown(path)}.{guess}")
+    section, _, key = path.partition(".")
+    return section, key, parse_yaml(text, source=source)
+
+
 def validate(model: type[ModelT], value: object, *, source: Callable[[Location], str]) -> ModelT:
     """Build `model` from plain data.
 

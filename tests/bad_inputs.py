@@ -365,7 +365,7 @@ BAD_CONFIGS: dict[str, tuple[str, str]] = {
     ),
     "scheduler": (
         "sampling: {scheduler: DDIM}\n",
-        "CONFIG: sampling.scheduler: is 'DDIM': must be 'ddim' or 'dpm'.",
+        "CONFIG: sampling.scheduler: is 'DDIM': must be 'ddim', 'dpm', 'unipc' or 'euler'.",
     ),
     "noise": (
         "sampling: {noise: shared}\n",
@@ -397,13 +397,13 @@ BAD_CONFIGS: dict[str, tuple[str, str]] = {
     ),
     "model id": (
         "model: {id: story book}\n",
-        "model.id: is 'story book': must be 'storybook', a folder that exists, or a Hub id "
-        "as 'THUDM/CogVideoX-5b'. Did you mean \"storybook\"?",
+        "model.id: is 'story book': must be 'storybook' or 'storybook-wan', a folder that exists, "
+        "or a Hub id as 'THUDM/CogVideoX-5b'. Did you mean \"storybook\"?",
     ),
     "model id missing folder": (
         "model: {id: ./nowhere}\n",
-        "model.id: is './nowhere': must be 'storybook', a folder that exists, or a Hub id as "
-        "'THUDM/CogVideoX-5b'.",
+        "model.id: is './nowhere': must be 'storybook' or 'storybook-wan', a folder that exists, "
+        "or a Hub id as 'THUDM/CogVideoX-5b'.",
     ),
     "threads": ("model: {threads: 0}\n", "CONFIG: model.threads: is 0: must be >= 1"),
     "crf": ("output: {crf: 52}\n", "CONFIG: output.crf: is 52: must be <= 51"),
@@ -420,7 +420,7 @@ BAD_OVERRIDES: dict[str, str] = {
     "method=fast": (
         "--set method=fast: method is a section; set one of method.branches, "
         "method.inject_steps, method.mask_layers, method.mask_softmax, method.mask_step, "
-        "method.match_layers, method.match_threshold, method.match_within, method.morphology, "
+        "method.mask_words, method.match_layers, method.match_threshold, method.match_within, method.morphology, "
         "method.name, method.on_empty_mask, method.pre_pass_injection, "
         "method.pre_passes, method.profile, "
         "method.vital_layers"

@@ -110,7 +110,7 @@ def test_each_nearest_size_is_legal() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("model_index.json", {"_class_name": "WanPipeline"}, "is a WanPipeline"),
+        ("model_index.json", {"_class_name": "LTXPipeline"}, "is a LTXPipeline"),
         ("transformer/config.json", {"patch_size_t": 2}, "so it is a CogVideoX 1.5"),
         ("transformer/config.json", {"in_channels": 24}, "its parts do not fit"),
         ("text_encoder/config.json", {"d_model": 8}, "its parts do not fit"),
