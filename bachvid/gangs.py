@@ -54,6 +54,14 @@ class Gang:
         return [self.share(rank, num_heads) for rank in range(self.size)]
 
 
+def cut_passes(
+    passes: Sequence[Sequence[Branch]], branches: Sequence[Branch]
+) -> tuple[tuple[Branch, ...], ...]:
+    """Give the forwards of a step, as `ModelFacts.passes` has them, with these branches only."""
+    cut = (tuple(branch for branch in shared if branch in branches) for shared in passes)
+    return tuple(shared for shared in cut if shared)
+
+
 def overlapping(
     reader: RankShare, writers: Sequence[RankShare], branches: Sequence[Branch]
 ) -> list[int]:
