@@ -3,22 +3,24 @@
 Knows no model, no method and no worker. Shape suffixes of the whole package: B videos of one CFG
 branch, S joint tokens [text | video], N and M video tokens of the frame and the identity video,
 T text tokens, Q selected query rows, H heads, D channels per head, C model channels.
+
+Several ranks may share one video. Between the calls of attention a rank has the text and its own
+video rows, of all heads; within, all rows of its own heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bachvid.errors import LayoutError
+from bachvid.gangs import BRANCHES, Branch
 from bachvid.tokens import TokenLayout
-
-Branch = Literal["cond", "uncond"]
 
 
 class AttentionSite(NamedTuple):
@@ -104,6 +106,92 @@ class KVGroup:
     positions_M: Tensor
 
 
+class SequenceGroup(Protocol):
+    """The ranks that share one video, as one of them sees them.
+
+    `size` ranks share the tokens of a branch in equal raster chunks (here S and N are a rank's
+    rows, pads included). With `cfg_size` 2 there are two such sets, that of `cfg_rank` 0 for the
+    branch uncond. Every method is a collective: all ranks call it, with tensors of one shape.
+    """
+
+    @property
+    def rank(self) -> int:
+        """The rank among those that share a branch."""
+
+    @property
+    def size(self) -> int:
+        """The ranks that share a branch."""
+
+    @property
+    def cfg_rank(self) -> int:
+        """0 or, in the ranks that compute the branch cond apart, 1."""
+
+    @property
+    def cfg_size(self) -> int:
+        """1 if every rank computes both branches, 2 if each computes one."""
+
+    def to_heads(self, x_BSHD: Tensor) -> Tensor:
+        """Give [B, size * S, H / size, D]: all rows of this rank's heads (all-to-all)."""
+
+    def to_tokens(self, x_BSHD: Tensor) -> Tensor:
+        """Give [B, S / size, H * size, D]: this rank's rows of all heads; undoes `to_heads`."""
+
+    def gather_heads(self, x_BTHD: Tensor) -> Tensor:
+        """Give [B, T, H * size, D]: the heads of all ranks, in order."""
+
+    def gather_tokens(self, x_BNC: Tensor) -> Tensor:
+        """Give [B, size * N, C]: the rows of all ranks, in raster order."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Add over the ranks that share a branch."""
+
+    def from_cond(self, x: Tensor) -> Tensor:
+        """Give what the rank of the branch cond has; that of uncond gives a shape and a dtype."""
+
+    def gather_branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Give what the ranks of uncond and of cond have. Only with `cfg_size` 2."""
+
+
+class Alone:
+    """The group of one rank, which has every row, head and branch."""
+
+    rank = 0
+    size = 1
+    cfg_rank = 0
+    cfg_size = 1
+
+    def to_heads(self, x_BSHD: Tensor) -> Tensor:
+        """Give x."""
+        return x_BSHD
+
+    def to_tokens(self, x_BSHD: Tensor) -> Tensor:
+        """Give x."""
+        return x_BSHD
+
+    def gather_heads(self, x_BTHD: Tensor) -> Tensor:
+        """Give x."""
+        return x_BTHD
+
+    def gather_tokens(self, x_BNC: Tensor) -> Tensor:
+        """Give x."""
+        return x_BNC
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Give x."""
+        return x
+
+    def from_cond(self, x: Tensor) -> Tensor:
+        """Give x."""
+        return x
+
+    def gather_branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Refuse: this rank has both branches."""
+        raise AssertionError("only ranks that compute one branch each gather branches")
+
+
+ALONE: SequenceGroup = Alone()
+
+
 class AttentionControl:
     """What a method does at every attention site; this one does nothing.
 
@@ -111,7 +199,10 @@ class AttentionControl:
     """
 
     def before(self, site: AttentionSite, qkv: QKV) -> QKV:
-        """Record or change queries, keys and values of every token, before RoPE."""
+        """Record or change queries, keys and values of every token, before RoPE.
+
+        Of this rank's heads.
+        """
         return qkv
 
     def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
@@ -119,8 +210,17 @@ class AttentionControl:
         return ()
 
     def after(self, site: AttentionSite, out_BSC: Tensor) -> Tensor:
-        """Record or change the attention output of all heads, before the output projection."""
+        """Record or change the attention output of all heads, before the output projection.
+
+        Of the text and this rank's video rows (`RunContext.positions`).
+        """
         return out_BSC
+
+    def cross(self, site: AttentionSite, query_BSHD: Tensor, key_BTHD: Tensor) -> None:
+        """Look at the attention to the text, in models that have it apart: no RoPE, all heads.
+
+        The queries are this rank's video rows, the keys all text tokens, pads included.
+        """
 
 
 @dataclass(slots=True)
@@ -133,11 +233,24 @@ class RunContext:
     layout: TokenLayout
     rotary: Rotary
     step: int = 0
-    branches: tuple[Branch, ...] = ("uncond", "cond")
+    branches: tuple[Branch, ...] = BRANCHES
+    group: SequenceGroup = ALONE
 
     def site(self, layer: int, branch: Branch) -> AttentionSite:
         """Name the site of this step."""
         return AttentionSite(self.step, layer, branch)
+
+    @property
+    def positions(self) -> slice:
+        """The video positions of this rank's rows, without pads."""
+        return self.layout.rank_positions(self.group.rank, self.group.size)
+
+    def gather_positions(self, x_NC: Tensor) -> Tensor:
+        """Give the rows of the whole video, given those of this rank's positions: a collective."""
+        if self.group.size == 1:
+            return x_NC
+        rows_BNC = _pad_rows(x_NC[None], self.layout.rank_tokens(self.group.size))
+        return self.group.gather_tokens(rows_BNC)[0, : self.layout.video_tokens]
 
 
 def attend(qkv: QKV, groups: Sequence[KVGroup], rotary: Rotary, layout: TokenLayout) -> Tensor:
@@ -189,18 +302,19 @@ def controlled_attention(
 ) -> Tensor:
     """Run one layer's attention for all CFG branches of a forward, under `control`.
 
-    Returns out_BSC, the attention output before the output projection. If no branch has groups,
-    the whole batch is one plain attention call, as in diffusers.
+    `qkv` and the result out_BSC, the attention output before the output projection, are of the
+    rows that this rank has: all text rows, then its video rows, pads at the end. Pads are no keys,
+    and no method sees them. If no branch has groups, the whole batch is one plain attention call,
+    as in diffusers.
 
     Raises:
-        LayoutError: if the batch does not divide by the number of branches.
+        LayoutError: if the batch does not divide by the number of branches, or the rows do not
+            fit the layout.
     """
-    num_videos, remainder = divmod(len(qkv.query_BSHD), len(run.branches))
-    if remainder:
-        raise LayoutError(
-            f"a batch of {len(qkv.query_BSHD)} rows does not divide into the branches "
-            f"{list(run.branches)}: give every branch the same number of videos"
-        )
+    num_videos = _videos_of_branch(run, qkv.query_BSHD)
+    num_rows = qkv.query_BSHD.shape[1]
+    if run.group.size > 1:
+        qkv = QKV(*(_to_heads(run, x_BSHD) for x_BSHD in qkv))
     sites = [run.site(layer, branch) for branch in run.branches]
     given = [QKV(*parts) for parts in zip(*(torch.split(x, num_videos) for x in qkv), strict=True)]
     seen = [control.before(site, part) for site, part in zip(sites, given, strict=True)]
@@ -210,17 +324,91 @@ def controlled_attention(
             attend(part, extra, run.rotary, run.layout)
             for part, extra in zip(seen, groups, strict=True)
         ]
-        out_BSC = torch.cat(outs).flatten(2)
+        out_BSHD = torch.cat(outs)
     else:
         # One call for the batch: a call per branch would be slower and need not be bit-equal.
         if any(new is not old for new, old in zip(seen, given, strict=True)):
             qkv = QKV(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
-        out_BSC = attend(qkv, (), run.rotary, run.layout).flatten(2)
+        out_BSHD = attend(qkv, (), run.rotary, run.layout)
+    if run.group.size > 1:
+        out_BSHD = _to_tokens(run, out_BSHD)
+    out_BSC = out_BSHD.flatten(2)
     parts = torch.split(out_BSC, num_videos)
     changed = [control.after(site, part) for site, part in zip(sites, parts, strict=True)]
-    if all(new is old for new, old in zip(changed, parts, strict=True)):
-        return out_BSC
-    return torch.cat(changed)
+    if any(new is not old for new, old in zip(changed, parts, strict=True)):
+        out_BSC = torch.cat(changed)
+    return _pad_rows(out_BSC, num_rows)
+
+
+def controlled_cross_attention(
+    run: RunContext,
+    control: AttentionControl,
+    layer: int,
+    query_BSHD: Tensor,
+    key_BTHD: Tensor,
+    value_BTHD: Tensor,
+) -> Tensor:
+    """Run one layer's attention from video to text for all branches, seen by `control`.
+
+    Queries are the video rows that this rank has, pads at the end; they need no other rank.
+    Returns out_BSC, before the output projection.
+
+    Raises:
+        LayoutError: if the batch does not divide by the number of branches.
+    """
+    num_videos = _videos_of_branch(run, query_BSHD)
+    positions = run.positions
+    own_BNHD = query_BSHD[:, : positions.stop - positions.start]
+    parts = zip(torch.split(own_BNHD, num_videos), torch.split(key_BTHD, num_videos), strict=True)
+    for branch, (query, key) in zip(run.branches, parts, strict=True):
+        control.cross(run.site(layer, branch), query, key)
+    return _sdpa(query_BSHD, key_BTHD, value_BTHD).flatten(2)
+
+
+def _videos_of_branch(run: RunContext, query_BSHD: Tensor) -> int:
+    num_videos, remainder = divmod(len(query_BSHD), len(run.branches))
+    if remainder:
+        raise LayoutError(
+            f"a batch of {len(query_BSHD)} rows does not divide into the branches "
+            f"{list(run.branches)}: give every branch the same number of videos"
+        )
+    return num_videos
+
+
+def _to_heads(run: RunContext, x_BSHD: Tensor) -> Tensor:
+    """Exchange this rank's rows of all heads for all joint rows, without pads, of its heads."""
+    group, layout = run.group, run.layout
+    rows = layout.text_tokens + layout.rank_tokens(group.size)
+    if x_BSHD.shape[1] != rows:
+        raise LayoutError(
+            f"attention over {x_BSHD.shape[1]} tokens, but each of {group.size} ranks has {rows} "
+            f"of the layout {layout}: render with the video size that the layout was made for"
+        )
+    video_BNHD = group.to_heads(x_BSHD[:, layout.text_tokens :].contiguous())
+    heads = video_BNHD.shape[2]
+    text_BTHD = x_BSHD[:, layout.text_rows, group.rank * heads : (group.rank + 1) * heads]
+    return torch.cat([text_BTHD, video_BNHD[:, : layout.video_tokens]], dim=1)
+
+
+def _to_tokens(run: RunContext, out_BSHD: Tensor) -> Tensor:
+    """Undo `_to_heads`; the pads stay away."""
+    group, layout = run.group, run.layout
+    video_BNHD = out_BSHD[:, layout.video_rows].contiguous()
+    video_BNHD = group.to_tokens(_pad_rows(video_BNHD, layout.rank_tokens(group.size) * group.size))
+    own = run.positions
+    video_BNHD = video_BNHD[:, : own.stop - own.start]
+    if not layout.text_tokens:
+        return video_BNHD
+    text_BTHD = group.gather_heads(out_BSHD[:, layout.text_rows].contiguous())
+    return torch.cat([text_BTHD, video_BNHD], dim=1)
+
+
+def _pad_rows(x_BS: Tensor, num_rows: int) -> Tensor:
+    """Add rows of zeros at the end."""
+    missing = num_rows - x_BS.shape[1]
+    if not missing:
+        return x_BS
+    return torch.cat([x_BS, x_BS.new_zeros(len(x_BS), missing, *x_BS.shape[2:])], dim=1)
 
 
 def _sdpa(query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from bachvid.attention import AttentionSite, Branch
+from bachvid.attention import AttentionSite
 from bachvid.errors import CacheMissError, LayoutError
+from bachvid.gangs import Branch
 from bachvid.tokens import TokenLayout
 
 SAME_CONFIG = "render the identity video and its frame videos with the same story and config"

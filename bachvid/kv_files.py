@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bachvid.attention import AttentionSite, Branch
+from bachvid.attention import AttentionSite
 from bachvid.cache import SAME_CONFIG, IdentityCache, KVShard
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
+from bachvid.gangs import Branch
 from bachvid.kv_bytes import checksum
 from bachvid.kv_stores import sites_of
 from bachvid.rundir import write_atomically

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bachvid.attention import AttentionSite, Branch
+from bachvid.attention import AttentionSite
 from bachvid.cache import SAME_CONFIG, KVShard
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
+from bachvid.gangs import Branch
 from bachvid.kv_bytes import Bytes, checksum, copy_and_sum, key_and_value, piece_bytes
 
 FetchStep = Callable[[int, int], "PackedStep"]  # (run, step); waits until the step is there

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bachvid.attention import AttentionSite, Branch
+from bachvid.attention import AttentionSite
 from bachvid.cache import KVShard
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
+from bachvid.gangs import Branch
 from bachvid.kv_stores import PackedStep, PulledKVStore, StepPacker, sites_of
 
 LAYERS, BOTH = (1, 4, 5, 8), ("uncond", "cond")

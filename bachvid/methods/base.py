@@ -12,9 +12,10 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from bachvid.attention import AttentionControl, Branch, RunContext
+from bachvid.attention import AttentionControl, RunContext
 from bachvid.cache import IdentityCache, KVStore
 from bachvid.config import MethodConfig, read_steps, recorded_steps
+from bachvid.gangs import Branch
 from bachvid.methods.injection import InjectedTokens
 from bachvid.methods.masks import ForegroundMask, MaskRecovery
 from bachvid.prompts import TokenizedPrompt

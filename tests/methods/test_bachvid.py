@@ -16,7 +16,6 @@ from bachvid.attention import (
     QKV,
     AttentionControl,
     AttentionSite,
-    Branch,
     KVGroup,
     Rotary,
     RunContext,
@@ -26,6 +25,7 @@ from bachvid.attention import (
 from bachvid.cache import IdentityCache, KVShard, MemoryKVStore
 from bachvid.config import MethodConfig
 from bachvid.errors import CacheMissError, LayoutError, WorkerError
+from bachvid.gangs import Branch
 from bachvid.methods import build_method
 from bachvid.methods.bachvid import BachVid, FrameInjector, PrePassInjector, VideoObserver
 from bachvid.methods.base import Method, MethodSettings, Observation
