@@ -159,7 +159,10 @@ class CogVideoXModel:
 
     @torch.no_grad()
     def predict(self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Run the transformer once, on latents [B, F, C, height, width] of one timestep."""
+        """Run the transformer once, on latents [B, F, C, height, width] of one timestep.
+
+        In fp32, in which the stock pipeline guides.
+        """
         _, frames, _, height, width = latents.shape
         patch = self.facts.patch_size
         rotary = self._rotary_of((frames, height // patch, width // patch))
@@ -170,7 +173,7 @@ class CogVideoXModel:
             image_rotary_emb=None if rotary.is_none else (rotary.cos_ND, rotary.sin_ND),
             return_dict=False,
         )[0]
-        return prediction
+        return prediction.float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
