@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
-from bachvid.attention import AttentionControl, Rotary, RunContext
+from bachvid.attention import ALONE, AttentionControl, Rotary, RunContext, SequenceGroup
 from bachvid.config import ModelConfig, VideoConfig
 from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.facts import ModelFacts
@@ -49,11 +50,16 @@ class Scheduler(Protocol):
 
 
 class VideoModel(Protocol):
-    """A text-to-video model: text to embeddings, noise to latents, latents to pixels."""
+    """A text-to-video model: text to embeddings, noise to latents, latents to pixels.
+
+    The ranks of `group` share its forwards, and attention must then be controlled, if only by
+    `AttentionControl`: diffusers' own processors would see one rank's tokens.
+    """
 
     facts: ModelFacts
     device: torch.device
     dtype: torch.dtype
+    group: SequenceGroup
 
     @property
     def transformer(self) -> Transformer:
@@ -104,8 +110,38 @@ def attention_control(
         transformer.set_attn_processor(dict(original))
 
 
-def load_model(config: ModelConfig, facts: ModelFacts) -> VideoModel:
-    """Load the weights of the model that `facts` describes.
+def shard_tokens(first_block: nn.Module, behind_blocks: nn.Module, group: SequenceGroup) -> None:
+    """Let the blocks of a transformer see this rank's chunk of the video tokens only.
+
+    The tokens [B, N, C] that enter `first_block`, as its first argument or as `hidden_states`, are
+    padded with zeros and cut into equal raster chunks; those that enter `behind_blocks`, the
+    module behind the last block, are put together again. For good: call it once per transformer.
+    """
+    if group.size == 1:
+        return
+    num_tokens = 0
+
+    def split(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        nonlocal num_tokens
+        x_BNC: Tensor = args[0] if args else kwargs["hidden_states"]
+        num_tokens = x_BNC.shape[1]
+        padded_BNC = F.pad(x_BNC, (0, 0, 0, -num_tokens % group.size))
+        own_BNC = padded_BNC.chunk(group.size, dim=1)[group.rank]
+        if args:
+            return (own_BNC, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": own_BNC}
+
+    def join(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+        return group.gather_tokens(args[0])[:, :num_tokens]
+
+    first_block.register_forward_pre_hook(split, with_kwargs=True)
+    behind_blocks.register_forward_pre_hook(join)
+
+
+def load_model(config: ModelConfig, facts: ModelFacts, group: SequenceGroup = ALONE) -> VideoModel:
+    """Load the weights of the model that `facts` describes, as one rank of `group`.
 
     Raises:
         ConfigError: a folder, file or Hub id is missing or damaged; the device does not exist.
@@ -113,7 +149,7 @@ def load_model(config: ModelConfig, facts: ModelFacts) -> VideoModel:
     """
     from bachvid.models.cogvideox import load_cogvideox  # here: importing diffusers takes seconds
 
-    loaders: dict[str, Callable[[ModelConfig, ModelFacts], VideoModel]] = {
+    loaders: dict[str, Callable[[ModelConfig, ModelFacts, SequenceGroup], VideoModel]] = {
         "cogvideox": load_cogvideox,
     }
     if facts.family not in loaders:
@@ -121,7 +157,7 @@ def load_model(config: ModelConfig, facts: ModelFacts) -> VideoModel:
             f"model.id {config.id!r} is of the family {facts.family!r}: bachvid has adapters for "
             f"{', '.join(sorted(loaders))}; choose a model of one of these"
         )
-    return loaders[facts.family](config, facts)
+    return loaders[facts.family](config, facts, group)
 
 
 def choose_device(config: ModelConfig) -> torch.device:

@@ -30,11 +30,25 @@ from torch import Tensor
 from transformers import T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from bachvid.attention import QKV, AttentionControl, Rotary, RunContext, controlled_attention
+from bachvid.attention import (
+    ALONE,
+    QKV,
+    AttentionControl,
+    Rotary,
+    RunContext,
+    SequenceGroup,
+    controlled_attention,
+)
 from bachvid.config import ModelConfig, VideoConfig
 from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.facts import STORYBOOK_ID, ModelFacts
-from bachvid.models.base import Scheduler, choose_device, choose_dtype, load_component
+from bachvid.models.base import (
+    Scheduler,
+    choose_device,
+    choose_dtype,
+    load_component,
+    shard_tokens,
+)
 from bachvid.prompts import Prompt, PromptTokenizer
 from bachvid.tokens import TokenLayout
 
@@ -98,8 +112,10 @@ class CogVideoXModel:
         vae: AutoencoderKLCogVideoX,
         load_text_encoder: Callable[[], TextEncoder],
         scheduler_config: dict[str, object],
+        group: SequenceGroup = ALONE,
     ) -> None:
         self.facts = facts
+        self.group = group
         self.transformer = transformer
         self.device: torch.device = transformer.device
         self.dtype: torch.dtype = transformer.dtype
@@ -108,6 +124,7 @@ class CogVideoXModel:
         self._text_encoder: TextEncoder | None = None
         self._scheduler_config = scheduler_config
         self._rotary: dict[tuple[int, int, int], Rotary] = {}
+        shard_tokens(transformer.transformer_blocks[0], transformer.norm_final, group)
 
     def layout(self, video: VideoConfig) -> TokenLayout:
         """Return where text and video tokens stand. Raises ConfigError for an illegal size."""
@@ -246,7 +263,7 @@ def _no_loading_bars() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def load_cogvideox(config: ModelConfig, facts: ModelFacts) -> CogVideoXModel:
+def load_cogvideox(config: ModelConfig, facts: ModelFacts, group: SequenceGroup) -> CogVideoXModel:
     """Load CogVideoX from a folder or the Hub: safetensors weights only, no code from there.
 
     Raises:
@@ -304,6 +321,7 @@ def load_cogvideox(config: ModelConfig, facts: ModelFacts) -> CogVideoXModel:
             config=config,
             name="scheduler",
         ),
+        group=group,
     )
 
 
