@@ -38,7 +38,8 @@ class CacheRoom:
     """How the identity caches of a story fit into the stores of the nodes with workers.
 
     `frames` are the frame videos of every scene; `cache_bytes` are the keys and values of one
-    scene, of `num_steps` steps.
+    scene, of `num_steps` steps. Where workers are split, one renders all identity videos, and
+    nothing else.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class CacheRoom:
         frames: Sequence[int],
         cache_bytes: int,
         num_steps: int,
+        *,
+        is_split: bool,
     ) -> None:
-        self._config, self._placed = config.cache, placed
+        self._config, self._placed, self._is_split = config.cache, placed, is_split
         self._frames, self._cache_bytes = frames, cache_bytes
         self._num_workers = sum(workers for _, workers in placed)
         self._step_bytes = cache_bytes // max(num_steps, 1)
@@ -67,7 +70,8 @@ class CacheRoom:
         self._wave_steps = max(self._frame_steps, method.mask_step + 1 + published)
         # A wave: the identity video, and as many frame videos as there are other workers.
         waves = sorted(1 + min(count, self._num_workers - 1) for count in frames)
-        self._waves_at_once = sum(total <= self._num_workers for total in accumulate(waves))
+        fitting = sum(total <= self._num_workers for total in accumulate(waves))
+        self._waves_at_once = min(fitting, 1) if is_split else fitting
 
     @property
     def live_scenes(self) -> int:
@@ -80,6 +84,8 @@ class CacheRoom:
         """Count waves, or rounds of all workers."""
         if policy == "retain":
             videos, scenes = sum(self._frames) + len(self._frames), len(self._frames)
+            if self._is_split:
+                return ceil(max(sum(self._frames) / (self._num_workers - 1), scenes))
             live = max(self.live_scenes, 1) * len(self._placed)  # no other scenes have work
             return ceil(max(videos / self._num_workers, scenes / live))
         others = max(self._num_workers - 1, 1)
@@ -140,7 +146,7 @@ class CacheRoom:
         """Count how often the workers are filled with whole waves, in story order."""
         rounds, free = 0, 0
         for count in self._frames:
-            if free < 1 + count:
+            if free < 1 + count or (self._is_split and free < self._num_workers):
                 rounds, free = rounds + 1, self._num_workers
             free -= 1 + count
         return rounds

@@ -13,6 +13,7 @@ from bachvid.cache_policy import CacheRoom, counted
 from bachvid.config import ClusterConfig, RenderConfig
 from bachvid.errors import ConfigError
 from bachvid.facts import ModelFacts
+from bachvid.gangs import Gang
 from bachvid.schedule import Policy
 from bachvid.tokens import TokenLayout
 
@@ -67,14 +68,22 @@ class ParallelDegree:
 class ExecutionPlan:
     """How a cluster renders a story.
 
+    A worker is a gang of ranks on one node. Gangs of one size render identity and frame videos
+    alike. Of two sizes, one gang renders all identity videos and no other: which gang renders a
+    video must not depend on chance, since it decides its last bits.
+
     nodes: those with workers; the first one is where the first identity video is rendered.
+    identity, frame: the gangs of an identity and of a frame video.
+    cpus_per_worker, gpus_per_worker: of every rank.
     waves: under `window`, of the whole story; under `retain`, rounds in which every worker
         renders one video.
     live_scenes: under `retain`, identity caches that one node has room for.
-    degrees: of sequence parallelism, legal for model and size. Only 1 is used.
+    degrees: of sequence parallelism, legal for model and size.
     """
 
     nodes: tuple[NodePlan, ...]
+    identity: Gang
+    frame: Gang
     device: Device
     cpus_per_worker: int
     gpus_per_worker: int
@@ -88,6 +97,11 @@ class ExecutionPlan:
     def num_workers(self) -> int:
         """Workers on all nodes."""
         return sum(node.workers for node in self.nodes)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether one worker renders all identity videos, and nothing else."""
+        return self.identity != self.frame
 
 
 def plan_execution(
@@ -116,14 +130,17 @@ def plan_execution(
             f"its object stores, not in files; leave it out, or render in one process"
         )
     gpus = _gpus_per_worker(cluster, config)
-    placed = _place_workers(cluster, config.cluster, gpus)
-    caches = CacheRoom(config, placed, frames, cache_bytes, num_steps)
+    identity, frame = plan_gangs(config, facts)
+    placed = _place_workers(cluster, config.cluster, gpus, identity, frame)
+    caches = CacheRoom(config, placed, frames, cache_bytes, num_steps, is_split=identity != frame)
     policy, why = caches.choose()
     return ExecutionPlan(
         nodes=tuple(
             NodePlan(n.id, n.name, workers, caches.bytes_on(workers, policy), n.store_bytes)
             for n, workers in placed
         ),
+        identity=identity,
+        frame=frame,
         device="cuda" if gpus else "cpu",
         cpus_per_worker=config.cluster.cpus_per_worker,
         gpus_per_worker=gpus,
@@ -133,6 +150,29 @@ def plan_execution(
         live_scenes=caches.live_scenes,
         degrees=parallel_degrees(facts.num_heads, layout.video_tokens),
     )
+
+
+def plan_gangs(config: RenderConfig, facts: ModelFacts) -> tuple[Gang, Gang]:
+    """Give the gangs of an identity and of a frame video. Raises ConfigError for illegal sizes."""
+    asked = config.parallel
+    if asked.cfg == 2 and config.sampling.guidance_scale == 1:
+        raise ConfigError(
+            "parallel.cfg: is 2, and sampling.guidance_scale is 1: without guidance there is one "
+            "branch only; set parallel.cfg=1"
+        )
+    gangs = []
+    for key in ("identity_gpus", "gpus_per_frame_actor"):
+        size: int = getattr(asked, key)
+        cfg = asked.cfg if size > 1 else 1  # a single one has both branches anyway
+        legal = [n * cfg for n in range(1, MAX_DEGREE // cfg + 1) if facts.num_heads % n == 0]
+        if size not in legal:
+            raise ConfigError(
+                f"parallel.{key}: is {size}: {facts.name} has {facts.num_heads} attention heads, "
+                f"which must divide by it{' halved, since parallel.cfg is 2' * (cfg - 1)}; legal "
+                f"are {', '.join(map(str, legal))}"
+            )
+        gangs.append(Gang(size, cfg))
+    return gangs[0], gangs[1]
 
 
 def parallel_degrees(num_heads: int, video_tokens: int) -> tuple[ParallelDegree, ...]:
@@ -169,35 +209,55 @@ def _gpus_per_worker(cluster: ClusterFacts, config: RenderConfig) -> int:
 
 
 def _place_workers(
-    cluster: ClusterFacts, asked: ClusterConfig, gpus: int
+    cluster: ClusterFacts, asked: ClusterConfig, gpus: int, identity: Gang, frame: Gang
 ) -> list[tuple[NodeFacts, int]]:
     """Fill the node that has most, for the identity video and its readers, then the others."""
 
-    def room(node: NodeFacts) -> int:
+    def ranks(node: NodeFacts) -> int:
         return min(node.cpus // asked.cpus_per_worker, node.gpus if gpus else node.cpus)
 
-    nodes = sorted(cluster.nodes, key=lambda n: (-room(n), -n.store_bytes, n.name, n.id))
-    total = sum(map(room, nodes))
+    nodes = sorted(cluster.nodes, key=lambda n: (-ranks(n), -n.store_bytes, n.name, n.id))
+    rooms = {node.id: ranks(node) // frame.size for node in nodes}
+    if nodes and identity != frame:
+        left = ranks(nodes[0]) - identity.size
+        rooms[nodes[0].id] = 1 + left // frame.size if left >= 0 else 0
+    total = sum(rooms.values()) if not nodes or rooms[nodes[0].id] else 0
     wanted = total if asked.workers is None else asked.workers
-    if not 0 < wanted <= total:
+    # Of two kinds one of each is needed.
+    if not 0 < wanted <= total or (wanted == 1 and identity != frame):
         has = [
             f"{node.name} ({counted(node.cpus, 'CPU')}, {counted(node.gpus, 'GPU')}, room for "
-            f"{room(node)})"
+            f"{rooms[node.id]})"
             for node in nodes
         ]
-        each = counted(asked.cpus_per_worker, "CPU") + " and 1 GPU" * gpus
         raise ConfigError(
-            f"cluster.workers: asks for {counted(max(wanted, 1), 'worker')}, each with {each}: the "
+            f"cluster.workers: asks for {_asked_text(wanted, asked, gpus, identity, frame)}: the "
             f"cluster has room for {total}: {_first(has)}. Ask for fewer, for less each "
-            f"(cluster.cpus_per_worker, cluster.gpus_per_worker), or add nodes"
+            f"(cluster.cpus_per_worker, cluster.gpus_per_worker"
+            f"{', parallel' * (max(identity.size, frame.size) > 1)}), or add nodes"
         )
     placed = []
     for node in nodes:
-        workers = min(room(node), wanted)
+        workers = min(rooms[node.id], wanted)
         wanted -= workers
         if workers:
             placed.append((node, workers))
     return placed
+
+
+def _asked_text(wanted: int, asked: ClusterConfig, gpus: int, identity: Gang, frame: Gang) -> str:
+    each = counted(asked.cpus_per_worker, "CPU") + " and 1 GPU" * gpus
+    if identity != frame:
+        return (
+            f"{counted(max(wanted, 2), 'worker')}, one of {counted(identity.size, 'rank')} for "
+            f"identity videos on one node and the others of {frame.size}, each rank with {each}"
+        )
+    if frame.size > 1:
+        return (
+            f"{counted(max(wanted, 1), 'worker')}, each of {frame.size} ranks on one node, each "
+            f"rank with {each}"
+        )
+    return f"{counted(max(wanted, 1), 'worker')}, each with {each}"
 
 
 def _first(texts: Sequence[str]) -> str:

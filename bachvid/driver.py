@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from bachvid.config import RenderConfig
+from bachvid.errors import ConfigError
 from bachvid.events import Done, Event, Failed, FrameStep, IdentityStep, Preview, Published, Queued
 from bachvid.output import run_header
 from bachvid.plan import render_plan
@@ -95,6 +96,7 @@ class StoryRenderer:
             WorkerError: the run directory cannot be written, or the cluster is lost.
         """
         with _cluster(self._address) as cluster:
+            _check_one_rank(self._config, cluster)
             plan = render_plan(story, self._config, source=source, download=True, cluster=cluster)
             with disk_errors(self._out), RunDirectory(self._out, run_header(plan)) as run:
                 rendering = Rendering(plan, run, self._cancelled)
@@ -111,6 +113,16 @@ class StoryRenderer:
                 yield event
         finally:
             await asyncio.to_thread(events.close)  # type: ignore[attr-defined]
+
+
+def _check_one_rank(config: RenderConfig, cluster: ClusterFacts | None) -> None:
+    for key in ("identity_gpus", "gpus_per_frame_actor"):
+        size = getattr(config.parallel, key)
+        if cluster is None and size > 1:
+            raise ConfigError(
+                f"parallel.{key}: is {size}: this process is one rank; render with --address "
+                f"(local, if it is this machine that has them), or leave it at 1"
+            )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bachvid.cluster import ClusterFacts, ExecutionPlan, plan_execution
+from bachvid.cluster import ClusterFacts, ExecutionPlan, plan_execution, plan_gangs
 from bachvid.config import (
     DTYPE_BYTES,
     MethodConfig,
@@ -127,6 +127,7 @@ def render_plan(
     facts = load_facts(config.model)
     resolved = resolve_config(config, facts)
     layout = plan_layout(resolved.video, facts)
+    plan_gangs(resolved, facts)
     notes = _model_notes(facts, resolved.method)
     if facts.vocabulary:
         story = _in_vocabulary(story, facts.vocabulary, source=source)

@@ -10,6 +10,7 @@ from pydantic import JsonValue
 from bachvid.cache_policy import counted, format_bytes
 from bachvid.cluster import ExecutionPlan
 from bachvid.config import MethodConfig, config_hash
+from bachvid.gangs import Gang
 from bachvid.plan import RenderPlan, VideoPlan
 from bachvid.prompts import PromptPart
 
@@ -93,15 +94,9 @@ def _pre_pass_text(method: MethodConfig) -> str:
 
 
 def _execution_lines(execution: ExecutionPlan) -> list[str]:
-    each = counted(execution.cpus_per_worker, "CPU") + " and 1 GPU" * execution.gpus_per_worker
     unit = "wave" if execution.policy == "window" else "round"
-    degrees = ", ".join(
-        f"{degree.ranks} (pads {degree.padding} tokens)" if degree.padding else str(degree.ranks)
-        for degree in execution.degrees
-    )
     lines = [
-        f"workers   {execution.num_workers} on {execution.device}, {each} each: "
-        f"{counted(execution.waves, unit)}",
+        f"workers   {_workers_text(execution)}: {counted(execution.waves, unit)}",
         f"policy    {execution.policy}: {execution.why}",
     ]
     if execution.policy == "retain":
@@ -114,8 +109,30 @@ def _execution_lines(execution: ExecutionPlan) -> list[str]:
             f"{format_bytes(node.cache_bytes)} of keys and values in a store of "
             f"{format_bytes(node.store_bytes)}"
         )
-    lines.append(f"degrees   a video could be shared by {degrees} workers; so far by 1")
+    degrees = ", ".join(
+        f"{degree.ranks} (pads {degree.padding} tokens)" if degree.padding else str(degree.ranks)
+        for degree in execution.degrees
+    )
+    lines.append(f"degrees   {degrees} ranks can share the tokens of a video")
     return lines
+
+
+def _workers_text(execution: ExecutionPlan) -> str:
+    each = counted(execution.cpus_per_worker, "CPU") + " and 1 GPU" * execution.gpus_per_worker
+    identity, frame, number = execution.identity, execution.frame, execution.num_workers
+    if execution.is_split:
+        return (
+            f"1 of {_gang_text(identity)} for identity videos, {number - 1} of {_gang_text(frame)} "
+            f"for frame videos, on {execution.device}, {each} for each rank"
+        )
+    if frame.size > 1:
+        return f"{number} of {_gang_text(frame)} on {execution.device}, {each} for each rank"
+    return f"{number} on {execution.device}, {each} each"
+
+
+def _gang_text(gang: Gang) -> str:
+    halves = " in two halves, one for each branch" if gang.cfg == 2 else ""
+    return counted(gang.size, "rank") + halves
 
 
 def _video_facts(video: VideoPlan, plan: RenderPlan) -> str:

@@ -156,9 +156,10 @@ class Rendering:
         """Let a lost identity video go first, where all workers hold videos that wait for it."""
         if len(self._pool.idle) == self._pool.num_workers:  # nothing was found for any of them
             raise WorkerError(
-                f"the cluster has {self._pool.num_workers} worker left, and a window needs 2: an "
-                f"identity video and a frame video. What is done is kept; render again with more, "
-                f"or with cache.policy=retain"
+                f"the cluster has too few workers left, {self._pool.num_workers}, to go on: a "
+                f"window needs one for the identity video and one for a frame video, and so do "
+                f"gangs of two sizes. What is done is kept; render again with more, or with "
+                f"cache.policy=retain and parallel.identity_gpus = parallel.gpus_per_frame_actor"
             )
         if self._pool.idle or self._pool.is_growing:
             return

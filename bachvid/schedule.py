@@ -14,6 +14,7 @@ from bachvid.story import IDENTITY_ID
 
 Policy = Literal["window", "retain"]
 VideoState = Literal["pending", "running", "done", "failed"]
+Kind = Literal["identity", "frame", "any"]
 
 FRAME_ATTEMPTS, IDENTITY_ATTEMPTS = 3, 2
 
@@ -32,10 +33,11 @@ class SceneWork:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """An idle worker and the node it is on."""
+    """An idle worker, the node it is on, and which videos it renders."""
 
     worker: int
     node: str
+    kind: Kind = "any"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,23 +161,27 @@ class Schedule:
         node, then new scenes in story order. A wave starts when enough workers are idle for all
         of it; with `window` nothing but an identity video can start on a single worker.
         """
-        free = _FreeSlots(idle)
+        free = _FreeSlots([slot for slot in idle if slot.kind != "identity"])
+        # The same workers, unless one worker renders all identity videos and nothing else.
+        is_split = any(slot.kind != "any" for slot in idle)
+        owned = [slot for slot in idle if slot.kind == "identity"]
+        identity_free = _FreeSlots(owned) if is_split else free
         started: list[Assignment] = []
-        while free.num_slots and (scene := self._top(self._restarts, _awaits_identity)):
-            started.append(self._start_identity(scene, free.take(scene.node)))
+        while identity_free.num_slots and (scene := self._top(self._restarts, _awaits_identity)):
+            started.append(self._start_identity(scene, identity_free.take(scene.node)))
         for node in list(free.by_node):
             ready = self._ready_on.get(node, [])
             while node in free.by_node and (scene := self._top(ready, _has_ready_frames)):
                 started.append(_start_frame(scene, free.take(node)))
-        while free.num_slots:
+        while free.num_slots or identity_free.num_slots:
             scene = self._top(self._ready, _has_ready_frames)
-            if scene:
+            if scene and free.num_slots:
                 started.append(_start_frame(scene, free.take(scene.node)))
                 continue
             scene = self._top(self._waiting, lambda s: not (s.is_live or s.is_over))
             if scene is None:
                 break
-            wave = self._start_scene(scene, free, num_workers)
+            wave = self._start_scene(scene, identity_free, free, num_workers)
             if wave is None:
                 break
             started += wave
@@ -246,22 +252,28 @@ class Schedule:
         return None
 
     def _start_scene(
-        self, scene: _Scene, free: _FreeSlots, num_workers: int
+        self, scene: _Scene, identity_free: _FreeSlots, free: _FreeSlots, num_workers: int
     ) -> list[Assignment] | None:
         """Make a scene live, or return None if that needs more idle workers or more room."""
+        if scene.is_retained and scene.identity == "done":
+            self._make_live(scene, None)
+            return []
+        if not identity_free.num_slots:
+            return None
         if scene.is_retained:
-            if scene.identity == "done":
-                self._make_live(scene, None)
-                return []
-            node = self._roomiest(free)
-            return None if node is None else [self._start_identity(scene, free.take(node))]
+            node = self._roomiest(identity_free)
+            if node is None:
+                return None
+            return [self._start_identity(scene, identity_free.take(node))]
         num_frames = min(scene.num_pending, num_workers - 1)
-        if free.num_slots < 1 + num_frames or (scene.num_pending and not num_frames):
+        num_free = free.num_slots - (identity_free is free)
+        if num_free < num_frames or (scene.num_pending and not num_frames):
             return None
         if scene.identity == "done":  # by another wave; this one has its own attempts
             scene.losses.pop(IDENTITY_ID, None)
-        node = max(reversed(free.by_node), key=lambda name: len(free.by_node[name]))
-        wave = [self._start_identity(scene, free.take(node))]
+        by_node = identity_free.by_node
+        node = max(reversed(by_node), key=lambda name: len(by_node[name]))
+        wave = [self._start_identity(scene, identity_free.take(node))]
         return wave + [_start_frame(scene, free.take(node)) for _ in range(num_frames)]
 
     def _roomiest(self, free: _FreeSlots) -> str | None:

@@ -137,6 +137,66 @@ def test_a_request_that_cannot_be_met_is_refused(overrides: list[str], message: 
         execute([node("a"), node("b", cpus=3)], *overrides)
 
 
+def test_gangs_lie_on_one_node_each() -> None:
+    nodes = [node("a", gpus=8), node("b", gpus=7), node("c", gpus=1)]
+    plan = execute(nodes, "parallel.identity_gpus=2", "parallel.gpus_per_frame_actor=2")
+    assert (placed(plan), plan.is_split) == ({"a": 4, "b": 3}, False)
+    plan = execute(nodes, "parallel.identity_gpus=6")
+    assert (placed(plan), plan.is_split) == ({"a": 3, "b": 7, "c": 1}, True)
+    plan = execute(nodes, "parallel.identity_gpus=4", "parallel.gpus_per_frame_actor=3")
+    assert placed(plan) == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["parallel.identity_gpus=5"],
+            "parallel.identity_gpus: is 5: THUDM/CogVideoX-5b has 48 attention heads, which must "
+            "divide by it; legal are 1, 2, 3, 4, 6, 8, 12, 16",
+        ),
+        (
+            ["parallel.gpus_per_frame_actor=3", "parallel.cfg=2"],
+            "parallel.gpus_per_frame_actor: is 3: THUDM/CogVideoX-5b has 48 attention heads, which "
+            "must divide by it halved, since parallel.cfg is 2; legal are 2, 4, 6, 8, 12, 16",
+        ),
+        (
+            ["parallel.cfg=2", "sampling.guidance_scale=1"],
+            "parallel.cfg: is 2, and sampling.guidance_scale is 1: without guidance there is one "
+            "branch only; set parallel.cfg=1",
+        ),
+        (
+            ["parallel.identity_gpus=8", "parallel.gpus_per_frame_actor=8"],
+            "cluster.workers: asks for 1 worker, each of 8 ranks on one node, each rank with 1 CPU "
+            "and 1 GPU: the cluster has room for 0: a (8 CPUs, 6 GPUs, room for 0), b (3 CPUs, 0 "
+            "GPUs, room for 0). Ask for fewer, for less each (cluster.cpus_per_worker, "
+            "cluster.gpus_per_worker, parallel), or add nodes",
+        ),
+        (
+            ["parallel.identity_gpus=6"],
+            "cluster.workers: asks for 2 workers, one of 6 ranks for identity videos on one node "
+            "and the others of 1, each rank with 1 CPU and 1 GPU: the cluster has room for 1: a (8 "
+            "CPUs, 6 GPUs, room for 1), b (3 CPUs, 0 GPUs, room for 0). Ask for fewer, for less "
+            "each (cluster.cpus_per_worker, cluster.gpus_per_worker, parallel), or add nodes",
+        ),
+    ],
+)
+def test_a_gang_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        execute([node("a", gpus=6), node("b", cpus=3)], *overrides)
+
+
+def test_one_worker_renders_all_identity_videos_where_gangs_differ() -> None:
+    nodes = [node("a", gpus=4), node("b", gpus=4)]
+    plan = execute(nodes, "parallel.identity_gpus=2", "cache.policy=retain", frames=(6, 6, 6))
+    assert plan.num_workers == 7
+    assert plan.waves == 3  # 18 frame videos on 6 workers
+    # One wave at a time, although two would fit: 4 steps of one scene.
+    plan = execute(nodes, "parallel.identity_gpus=2", "cache.policy=window", frames=(2, 2))
+    assert plan.waves == 2
+    assert plan.nodes[0].cache_bytes == 4 * PAPER_BYTES // 26
+
+
 def test_a_big_cluster_is_not_listed_whole() -> None:
     nodes = [node(f"n{i:02}", cpus=1) for i in range(20)]
     with pytest.raises(ConfigError, match=r"n07 \(1 CPU, 0 GPUs, room for 1\) and 12 more\. Ask"):

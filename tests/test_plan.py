@@ -176,7 +176,7 @@ def test_a_plan_for_a_cluster_says_where(story: Story, folder: Path) -> None:
         "so 4 steps of keys and values are kept, 14.2 MB, instead of 88.5 MB for a scene",
         "node      alpha: 2 workers, at most 14.2 MB of keys and values in a store of 1.0 GB",
         "node      beta: 1 worker, at most 14.2 MB of keys and values in a store of 2.0 GB",
-        "degrees   a video could be shared by 1, 2, 4 workers; so far by 1",
+        "degrees   1, 2, 4 ranks can share the tokens of a video",
     ]
     execution = json.loads(json.dumps(plan_json(plan)))["execution"]
     assert [node["workers"] for node in execution["nodes"]] == [2, 1]

@@ -31,8 +31,12 @@ def work(*num_frames: int) -> list[SceneWork]:
     ]
 
 
-def slots(*nodes: str) -> list[Slot]:
-    return [Slot(worker, node) for worker, node in enumerate(nodes)]
+def slots(*nodes: str, is_split: bool = False) -> list[Slot]:
+    if not is_split:
+        return [Slot(worker, node) for worker, node in enumerate(nodes)]
+    return [
+        Slot(worker, node, "frame" if worker else "identity") for worker, node in enumerate(nodes)
+    ]
 
 
 def started(assignments: list[Assignment]) -> Started:
@@ -268,12 +272,41 @@ def test_nobody_makes_room_while_a_worker_will_come_free() -> None:
     assert schedule.preempt("s0") == "f0"
 
 
+def test_of_two_kinds_one_worker_renders_the_identity_videos_and_goes_ahead() -> None:
+    schedule = Schedule(work(2, 1), policy="retain", live_scenes=2)
+
+    def run(*workers: int) -> Started:
+        idle = [slot for slot in slots("a", "a", "b", is_split=True) if slot.worker in workers]
+        return started(schedule.assign(idle, 3))
+
+    assert run(1, 2) == []  # they wait for the one that renders identity videos
+    assert run(0, 1, 2) == [(0, "s0", IDENTITY_ID), (1, "s0", "f0"), (2, "s0", "f1")]
+    schedule.done("s0", IDENTITY_ID)
+    assert run(0) == [(0, "s1", IDENTITY_ID)]
+    schedule.done("s1", IDENTITY_ID)
+    assert run(0) == []
+    schedule.done("s0", "f1")
+    assert run(0, 2) == [(2, "s1", "f0")]
+
+
+def test_of_two_kinds_a_wave_takes_all_it_needs() -> None:
+    schedule = Schedule(work(3), policy="window", live_scenes=1)
+    both = slots("a", "a", "a", is_split=True)
+    assert started(schedule.assign(both[:2], 3)) == []
+    wave = [(0, "s0", IDENTITY_ID), (1, "s0", "f0"), (2, "s0", "f1")]
+    assert started(schedule.assign(both, 3)) == wave
+    for _, _, video in wave:
+        schedule.done("s0", video)
+    assert started(schedule.assign(both, 3)) == [(0, "s0", IDENTITY_ID), (1, "s0", "f2")]
+
+
 @given(
     frames=st.lists(st.integers(0, 5), max_size=6),
     cached=st.integers(0, 2),
     nodes=st.lists(st.sampled_from("abc"), min_size=2, max_size=7),
     policy=st.sampled_from(["retain", "window"]),
     live_scenes=st.integers(1, 3),
+    is_split=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 @settings(deadline=None, max_examples=300)
@@ -283,6 +316,7 @@ def test_every_video_ends_whatever_is_lost(
     nodes: list[str],
     policy: Policy,
     live_scenes: int,
+    is_split: bool,
     seed: int,
 ) -> None:
     """A driver in small: random workers finish, die, come back, and caches vanish."""
@@ -296,9 +330,11 @@ def test_every_video_ends_whatever_is_lost(
     runs: Counter[tuple[str, str]] = Counter()
     losses: Counter[tuple[str, str]] = Counter()
     for _ in range(10_000):
-        idle = [slot for slot in slots(*nodes) if slot.worker not in busy]
+        all_slots = slots(*nodes, is_split=is_split)
+        idle = [slot for slot in all_slots if slot.worker not in busy]
         for one in schedule.assign(idle, len(nodes)):
             assert one.worker not in busy
+            assert not is_split or (one.worker == 0) == (one.video == IDENTITY_ID)
             assert (one.scene, one.video) not in busy.values()
             scene = scenes[int(one.scene[1:])]
             if one.video != IDENTITY_ID:
