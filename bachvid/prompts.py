@@ -193,7 +193,7 @@ def _load_with_transformers(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelSupportError(
             f"the tokenizer of {facts.name} cannot be loaded: {reason} (a spiece.model needs "
-            f"sentencepiece, which comes with `pip install bachvid[gpu]`)"
+            f"the package sentencepiece)"
         ) from None
 
     def encode(text: str) -> tuple[list[int], list[tuple[int, int]], list[int]]:
