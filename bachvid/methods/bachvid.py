@@ -15,6 +15,7 @@ from torch import Tensor
 from bachvid.attention import QKV, AttentionSite, KVGroup, RunContext
 from bachvid.cache import IdentityCache, KVShard, KVStore
 from bachvid.errors import CacheMissError, LayoutError, WorkerError
+from bachvid.gangs import Branch
 from bachvid.methods.base import (
     IdentityControl,
     MethodControl,
@@ -36,7 +37,8 @@ logger = logging.getLogger(__name__)
 class VideoObserver(MethodControl):
     """Extracts the mask and keeps the features of a video; changes nothing.
 
-    The conditional branch is looked at, at the mask step, or at every step up to it.
+    The conditional branch is looked at, at the mask step, or at every step up to it. Every rank
+    of a group gets the mask of the whole video, and the features of its own positions.
     """
 
     def __init__(
@@ -68,46 +70,79 @@ class VideoObserver(MethodControl):
         )
 
     def before(self, site: AttentionSite, qkv: QKV) -> QKV:
-        """Sum the text mass of the mask layers; the last of them completes the step's mask."""
-        layers = self.settings.mask_layers
-        if site.branch != "cond" or site.layer not in layers or site.step not in self._mask_steps:
-            return qkv
-        self._masses[site.layer] = self._text_mass(qkv)
-        if site.layer == layers[-1]:  # they are in rising order
-            # An early mask only steers the pre-pass: on_empty_mask speaks of the final one.
-            final = site.step == self.settings.mask_step
-            self.masks[site.step] = extract_foreground_mask(
-                [self._masses[layer] for layer in layers],
-                self.run.layout,
-                step=site.step,
-                morphology=self.settings.morphology,
-                on_empty=self.settings.on_empty_mask if final else "adapt",
-            )
-        return qkv
-
-    def after(self, site: AttentionSite, out_BSC: Tensor) -> Tensor:
-        """Keep the video rows of the match layers at the mask step."""
-        settings = self.settings
-        wanted = site.layer in settings.match_layers and site.step == settings.mask_step
-        if site.branch == "cond" and wanted:
-            self._features[site.layer] = out_BSC[0, self.run.layout.video_rows].clone()
-        return out_BSC
-
-    def _text_mass(self, qkv: QKV) -> Tensor:
-        if len(qkv.query_BSHD) != 1:
-            raise LayoutError(
-                f"{len(qkv.query_BSHD)} videos in one batch: masks and matches are of one video; "
-                f"render one video at a time"
-            )
+        """Add the text mass of a mask layer, where the text is in the joint sequence."""
         layout, rotary = self.run.layout, self.run.rotary
+        if not layout.text_tokens or not self._looks_for_mask(site):
+            return qkv
+        _check_one_video(qkv.query_BSHD)
         if self.settings.mask_softmax == "joint":
             key_BKHD = rotary.rotate_joint(qkv.key_BSHD, layout)
         else:
-            # Without the end token: it collects attention that belongs to no word.
-            key_BKHD = qkv.key_BSHD[:, : self.prompt.num_tokens - 1]
+            key_BKHD = self._words(qkv.key_BSHD)
         query_BNHD = rotary.rotate(qkv.query_BSHD[:, layout.video_rows])
-        segments = (self.prompt.rows["background"], self.prompt.rows["character"])
-        return text_mass(query_BNHD[0], key_BKHD[0], segments)
+        mass_NG = text_mass(query_BNHD[0], key_BKHD[0], self._segments)
+        group = self.run.group
+        self._add_mass(site, group.sum(mass_NG) / group.size)  # the mean over all heads
+        return qkv
+
+    def cross(self, site: AttentionSite, query_BSHD: Tensor, key_BTHD: Tensor) -> None:
+        """Add the text mass of a mask layer, where the text has an attention of its own."""
+        if not self._looks_for_mask(site):
+            return
+        _check_one_video(query_BSHD)
+        is_joint = self.settings.mask_softmax == "joint"
+        key_BKHD = key_BTHD if is_joint else self._words(key_BTHD)
+        mass_NG = text_mass(query_BSHD[0], key_BKHD[0], self._segments)
+        self._add_mass(site, self.run.gather_positions(mass_NG))
+
+    def after(self, site: AttentionSite, out_BSC: Tensor) -> Tensor:
+        """Keep this rank's video rows of the match layers at the mask step."""
+        settings = self.settings
+        wanted = site.layer in settings.match_layers and site.step == settings.mask_step
+        if self._looks_at(site.branch) and wanted:
+            rows_NC = out_BSC[0, self.run.layout.text_tokens :].clone()
+            self._features[site.layer] = self.run.group.from_cond(rows_NC)
+        return out_BSC
+
+    @property
+    def _segments(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.prompt.rows["background"], self.prompt.rows["character"]
+
+    def _words(self, key_BTHD: Tensor) -> Tensor:
+        """Without the end token: it collects attention that belongs to no word."""
+        return key_BTHD[:, : self.prompt.num_tokens - 1]
+
+    def _looks_at(self, branch: Branch) -> bool:
+        """Whether this branch is the conditional one, or this rank's own: it gets the other's."""
+        return branch == "cond" or self.run.group.cfg_size > 1
+
+    def _looks_for_mask(self, site: AttentionSite) -> bool:
+        is_wanted = site.layer in self.settings.mask_layers and site.step in self._mask_steps
+        return is_wanted and self._looks_at(site.branch)
+
+    def _add_mass(self, site: AttentionSite, mass_NG: Tensor) -> None:
+        """Keep a layer's mass; the last layer completes the step's mask."""
+        layers = self.settings.mask_layers
+        self._masses[site.layer] = self.run.group.from_cond(mass_NG)
+        if site.layer != layers[-1]:  # they are in rising order
+            return
+        # An early mask only steers the pre-pass: on_empty_mask speaks of the final one.
+        final = site.step == self.settings.mask_step
+        self.masks[site.step] = extract_foreground_mask(
+            [self._masses[layer] for layer in layers],
+            self.run.layout,
+            step=site.step,
+            morphology=self.settings.morphology,
+            on_empty=self.settings.on_empty_mask if final else "adapt",
+        )
+
+
+def _check_one_video(query_BSHD: Tensor) -> None:
+    if len(query_BSHD) != 1:
+        raise LayoutError(
+            f"{len(query_BSHD)} videos in one batch: masks and matches are of one video; render "
+            f"one video at a time"
+        )
 
 
 class IdentityRecorder(VideoObserver, IdentityControl):
@@ -141,7 +176,10 @@ class IdentityRecorder(VideoObserver, IdentityControl):
         return super().before(site, qkv)
 
     def cache(self, seed: int) -> IdentityCache:
-        """Give what was recorded. Raises WorkerError before the mask step is over."""
+        """Give what was recorded, with the features of all ranks: all of them must ask.
+
+        Raises WorkerError before the mask step is over.
+        """
         seen, settings = self.observation, self.settings
         return IdentityCache(
             layout=self.run.layout,
@@ -149,7 +187,10 @@ class IdentityRecorder(VideoObserver, IdentityControl):
             layers=settings.vital_layers,
             branches=settings.branches,
             foreground_mask_N=seen.foreground.mask_N.cpu(),
-            features={layer: x.cpu() for layer, x in seen.features.items()},
+            features={
+                layer: self.run.gather_positions(x_NC).cpu()
+                for layer, x_NC in seen.features.items()
+            },
             seed=seed,
             config_hash=self._config_hash,
             store=self._store,
@@ -209,7 +250,8 @@ class FrameInjector(MethodControl):
         cache: IdentityCache,
         observation: Observation,
     ) -> None:
-        self._settings, self._cache, self._observation = settings, cache, observation
+        self._run, self._settings = run, settings
+        self._cache, self._observation = cache, observation
         frame_mask_N = observation.foreground.mask_N
         self._injected = select_injected_tokens(
             frame_mask_N,
@@ -242,12 +284,25 @@ class FrameInjector(MethodControl):
         return inject_identity_kv(self._cache.store.get(site), self._injected)
 
     def _match(self, frame_mask_N: Tensor) -> TokenMatch:
-        layers = self._settings.match_layers
-        frame = [self._observation.features[layer][frame_mask_N] for layer in layers]
+        """Match this rank's foreground tokens, and put together what all ranks found."""
+        run, layers = self._run, self._settings.match_layers
+        own_mask_N = frame_mask_N[run.positions]
+        frame = [self._observation.features[layer][own_mask_N] for layer in layers]
         identity = [self._cache.features[layer] for layer in layers]
         if self._settings.match_within == "video":
-            return match_tokens(frame, identity)
-        return match_within_foreground(frame, identity, self._cache.foreground_mask_N)
+            match = match_tokens(frame, identity)
+        else:
+            match = match_within_foreground(
+                frame, identity, self._cache.foreground_mask_N, sum_frame=run.group.sum
+            )
+        if run.group.size == 1:
+            return match
+        found = []
+        for x_Q in match:
+            x_N1 = x_Q.new_zeros(len(own_mask_N), 1)
+            x_N1[own_mask_N, 0] = x_Q
+            found.append(run.gather_positions(x_N1)[frame_mask_N, 0])
+        return TokenMatch(*found)
 
 
 class RepeatedPrePass(VideoObserver):

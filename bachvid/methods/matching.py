@@ -5,7 +5,7 @@ Pure functions on tensors. Shape suffixes: see `bachvid.attention`; q is a chunk
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,14 +60,19 @@ def match_tokens(
 
 
 def match_within_foreground(
-    frame_features: Sequence[Tensor], identity_features: Sequence[Tensor], identity_mask_M: Tensor
+    frame_features: Sequence[Tensor],
+    identity_features: Sequence[Tensor],
+    identity_mask_M: Tensor,
+    *,
+    sum_frame: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> TokenMatch:
     """Match frame tokens, all of them foreground, to foreground tokens of the identity video only.
 
     In each video and layer the mean of the foreground is taken away first: it holds what the
     whole character shares, and with it the parts of a character look alike. Shapes and memory as
     in `match_tokens`; the index is one of all identity tokens. With no foreground in the identity
-    video every score is -1.
+    video every score is -1. The frame tokens may be some of the video's: `sum_frame` adds what is
+    counted of them to what is counted of the others.
     Departs: BachVid (arXiv 2510.21696v1), Eq. (7)-(8), compares with all tokens. A part that looks
     different in both videos, as a hat of another colour, then often matches background.
     """
@@ -76,12 +81,14 @@ def match_within_foreground(
         score_Q = torch.full((len(frame_features[0]),), -1.0, device=frame_features[0].device)
         return TokenMatch(torch.zeros_like(score_Q, dtype=torch.int64), score_Q)
     match = match_tokens(
-        [_centre(x_QC) for x_QC in frame_features],
-        [_centre(x_MC[identity_rows_P.to(x_MC.device)]) for x_MC in identity_features],
+        [_centre(x_QC, sum_frame) for x_QC in frame_features],
+        [_centre(x_MC[identity_rows_P.to(x_MC.device)], lambda x: x) for x_MC in identity_features],
     )
     return TokenMatch(identity_rows_P.to(match.index_Q.device)[match.index_Q], match.score_Q)
 
 
-def _centre(x_QC: Tensor) -> Tensor:
+def _centre(x_QC: Tensor, add_others: Callable[[Tensor], Tensor]) -> Tensor:
     x_QC = x_QC.float()
-    return x_QC - x_QC.mean(dim=0)
+    # The count of the rows as one more channel: one sum for both.
+    total_C1 = add_others(F.pad(x_QC, (0, 1), value=1.0).sum(dim=0))
+    return x_QC - total_C1[:-1] / total_C1[-1]
