@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bachvid.config import Dtype, ModelConfig, SchedulerName
+from bachvid.config import Dtype, ModelConfig, SchedulerName, VideoConfig
 from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.gangs import Branch
 from bachvid.model_files import (
@@ -27,9 +27,9 @@ from bachvid.model_files import (
     download_json,
     read_json,
 )
-from bachvid.profiles import ProfileFacts, cogvideox_profiles, wan_profiles
-from bachvid.story import NoisePolicy
+from bachvid.profiles import DefaultFacts, ProfileFacts, cogvideox_profiles, wan_profiles
 from bachvid.strict_yaml import did_you_mean, shown
+from bachvid.tokens import TokenLayout
 
 STORYBOOK_ID = "storybook"
 STORYBOOK_FOLDER = Path(__file__).parent / "storybook" / "weights"
@@ -39,23 +39,6 @@ EMBEDDED: Mapping[str, Path] = {
 }
 
 Family = Literal["cogvideox", "wan"]
-
-
-class DefaultFacts(BaseModel):
-    """What a config takes that says nothing. `seconds_per_forward` was measured on 2 CPU cores."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    pixel_frames: int
-    height: int
-    width: int
-    fps: int
-    num_steps: int
-    guidance_scale: float
-    scheduler: SchedulerName
-    dtype: Dtype
-    noise: NoisePolicy
-    seconds_per_forward: float | None = None
 
 
 class Vocabulary(BaseModel):
@@ -124,6 +107,14 @@ class ModelFacts:
     def joint_text_tokens(self) -> int:
         """Text tokens in the video's own attention; 0 where text has an attention of its own."""
         return self.text_tokens if FAMILIES[self.family].has_joint_text else 0
+
+    def layout(self, video: VideoConfig) -> TokenLayout:
+        """Give the token layout of a resolved config. Raises ConfigError for an illegal size."""
+        assert video.pixel_frames is not None
+        assert video.height is not None
+        assert video.width is not None
+        grid = self.grid(video.pixel_frames, video.height, video.width)
+        return TokenLayout(self.joint_text_tokens, *grid)
 
     def grid(self, pixel_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Give the token grid (latent_frames, grid_height, grid_width) of a video.

@@ -12,7 +12,6 @@ from bachvid.config import (
     DTYPE_BYTES,
     MethodConfig,
     RenderConfig,
-    VideoConfig,
     read_steps,
     recorded_steps,
     resolve_config,
@@ -126,7 +125,7 @@ def render_plan(
     """
     facts = load_facts(config.model)
     resolved = resolve_config(config, facts)
-    layout = plan_layout(resolved.video, facts)
+    layout = facts.layout(resolved.video)
     plan_gangs(resolved, facts)
     notes = _model_notes(facts, resolved.method)
     if facts.vocabulary:
@@ -164,16 +163,6 @@ def render_plan(
     )
 
 
-def plan_layout(video: VideoConfig, facts: ModelFacts) -> TokenLayout:
-    """Give the token layout of a resolved video config. Raises ConfigError for illegal sizes."""
-    assert video.pixel_frames is not None
-    assert video.height is not None
-    assert video.width is not None
-    return TokenLayout(
-        facts.joint_text_tokens, *facts.grid(video.pixel_frames, video.height, video.width)
-    )
-
-
 def identity_cache_bytes(resolved: RenderConfig, facts: ModelFacts) -> int:
     """Give the bytes of the keys and values that one identity video leaves to its scene."""
     method, dtype = resolved.method, resolved.model.dtype
@@ -181,7 +170,7 @@ def identity_cache_bytes(resolved: RenderConfig, facts: ModelFacts) -> int:
     assert method.vital_layers is not None
     branches = 2 if method.branches == "both" else 1
     sites = len(recorded_steps(method)) * len(method.vital_layers) * branches
-    shard = 2 * plan_layout(resolved.video, facts).video_tokens * facts.num_heads * facts.head_dim
+    shard = 2 * facts.layout(resolved.video).video_tokens * facts.num_heads * facts.head_dim
     return sites * shard * DTYPE_BYTES[dtype]
 
 

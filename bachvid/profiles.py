@@ -1,4 +1,4 @@
-"""Named ways to run the method on a model: the paper's values, and ours. No torch.
+"""What a model's config takes that says nothing, among it the paper's values. No torch.
 
 The paper counts layers from 1, the code from 0. For another depth than the paper's no layers are
 published; there we take those at the same relative depth.
@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bachvid.config import Branches, MaskSoftmax, MaskWords, MatchWithin, PrePassInjection
+from bachvid.config import (
+    Branches,
+    Dtype,
+    MaskSoftmax,
+    MaskWords,
+    MatchWithin,
+    PrePassInjection,
+    SchedulerName,
+)
+from bachvid.story import NoisePolicy
 
 
 class ProfileFacts(BaseModel):
@@ -29,6 +38,23 @@ class ProfileFacts(BaseModel):
     mask_softmax: MaskSoftmax = "joint"
     mask_words: MaskWords = "all"
     match_within: MatchWithin = "video"
+
+
+class DefaultFacts(BaseModel):
+    """What a config takes that says nothing. `seconds_per_forward` was measured on 2 CPU cores."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pixel_frames: int
+    height: int
+    width: int
+    fps: int
+    num_steps: int
+    guidance_scale: float
+    scheduler: SchedulerName
+    dtype: Dtype
+    noise: NoisePolicy
+    seconds_per_forward: float | None = None
 
 
 def cogvideox_profiles(num_layers: int) -> dict[str, ProfileFacts]:

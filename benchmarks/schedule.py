@@ -22,7 +22,7 @@ import click
 from bachvid.cluster import ClusterFacts, NodeFacts, plan_execution
 from bachvid.config import RenderConfig, read_steps, recorded_steps, resolve_config
 from bachvid.facts import PUBLISHED
-from bachvid.plan import identity_cache_bytes, plan_layout
+from bachvid.plan import identity_cache_bytes
 from bachvid.schedule import Policy, SceneWork, Schedule, Slot
 from bachvid.story import IDENTITY_ID
 
@@ -166,7 +166,7 @@ def main(profile: str, step: float, injected: float, decode: float, store: float
                 ClusterFacts(tuple(nodes(num_workers, store))),
                 config,
                 facts=MODEL,
-                layout=plan_layout(config.video, MODEL),
+                layout=MODEL.layout(config.video),
                 frames=[len(scene.frames) for scene in scenes],
                 cache_bytes=identity_cache_bytes(config, MODEL),
                 num_steps=len(recorded_steps(config.method)),

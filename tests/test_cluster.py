@@ -19,7 +19,7 @@ from bachvid.cluster import (
 from bachvid.config import RenderConfig, recorded_steps, resolve_config
 from bachvid.errors import ConfigError
 from bachvid.facts import PUBLISHED
-from bachvid.plan import identity_cache_bytes, plan_layout
+from bachvid.plan import identity_cache_bytes
 
 FACTS = PUBLISHED["THUDM/CogVideoX-5b"]
 GB = 10**9
@@ -41,7 +41,7 @@ def execute(
         ClusterFacts(tuple(nodes)),
         resolved,
         facts=FACTS,
-        layout=plan_layout(resolved.video, FACTS),
+        layout=FACTS.layout(resolved.video),
         frames=frames,
         cache_bytes=identity_cache_bytes(resolved, FACTS),
         num_steps=len(recorded_steps(resolved.method)),

@@ -78,13 +78,19 @@ class VideoModel(Protocol):
         """Drop the text encoder's weights; the next `encode_prompts` loads them again."""
 
     def initial_noise(self, seed: int, video: VideoConfig) -> Tensor:
-        """Return latents [1, F, C, height, width], drawn on the CPU: equal on every device."""
+        """Return latents of one video, drawn on the CPU: equal on every device.
+
+        [1, F, C, height, width], or the axes in the model's own order.
+        """
 
     def scheduler(self, name: str) -> Scheduler:
-        """Return a fresh scheduler ("ddim" or "dpm"), without a trace of an earlier run."""
+        """Return a fresh scheduler, one of `facts.schedulers`, without a trace of another run."""
 
     def predict(self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Run the transformer once; the batch holds all branches of all videos."""
+        """Run the transformer once, on the branches of all videos that share a forward.
+
+        The dtype of the result is that in which the stock pipeline guides.
+        """
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """Return pixel frames [frames, height, width, 3] of one video's latents."""
@@ -147,10 +153,13 @@ def load_model(config: ModelConfig, facts: ModelFacts, group: SequenceGroup = AL
         ConfigError: a folder, file or Hub id is missing or damaged; the device does not exist.
         ModelSupportError: the model is of a class or kind that bachvid has no adapter for.
     """
-    from bachvid.models.cogvideox import load_cogvideox  # here: importing diffusers takes seconds
+    # Here: importing diffusers takes seconds.
+    from bachvid.models.cogvideox import load_cogvideox
+    from bachvid.models.wan import load_wan
 
     loaders: dict[str, Callable[[ModelConfig, ModelFacts, SequenceGroup], VideoModel]] = {
         "cogvideox": load_cogvideox,
+        "wan": load_wan,
     }
     if facts.family not in loaders:
         raise ModelSupportError(

@@ -7,10 +7,7 @@ what a control does. Shapes: B batch, F latent frames, P prompts, T text tokens,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,17 +15,14 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
-    CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
-from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import T5EncoderModel
-from transformers.utils import logging as transformers_logging
 
 from bachvid.attention import (
     ALONE,
@@ -40,21 +34,11 @@ from bachvid.attention import (
     controlled_attention,
 )
 from bachvid.config import ModelConfig, VideoConfig
-from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.facts import STORYBOOK_ID, ModelFacts
-from bachvid.models.base import (
-    Scheduler,
-    choose_device,
-    choose_dtype,
-    load_component,
-    shard_tokens,
-)
-from bachvid.prompts import Prompt, PromptTokenizer
+from bachvid.facts import ModelFacts
+from bachvid.models.base import Scheduler, shard_tokens
+from bachvid.models.loading import PartLoader, TextEncoder, encode_each, to_frames
+from bachvid.prompts import Prompt
 from bachvid.tokens import TokenLayout
-
-Component = TypeVar(
-    "Component", CogVideoXTransformer3DModel, AutoencoderKLCogVideoX, T5EncoderModel
-)
 
 SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 
@@ -94,13 +78,6 @@ class CogVideoXControlledProcessor:
         return out_BSC[:, text_tokens:], out_BSC[:, :text_tokens]
 
 
-class TextEncoder(NamedTuple):
-    """What makes embeddings of a prompt."""
-
-    tokenizer: PromptTokenizer
-    encoder: T5EncoderModel
-
-
 class CogVideoXModel:
     """A VideoModel. The text encoder is loaded when it is first needed: frame videos need none."""
 
@@ -128,34 +105,25 @@ class CogVideoXModel:
 
     def layout(self, video: VideoConfig) -> TokenLayout:
         """Return where text and video tokens stand. Raises ConfigError for an illegal size."""
-        frames, height, width = self._grid(video)
-        return TokenLayout(
-            text_tokens=self.facts.text_tokens,
-            latent_frames=frames,
-            grid_height=height,
-            grid_width=width,
-        )
+        return self.facts.layout(video)
 
     def rotary(self, video: VideoConfig) -> Rotary:
         """Return the position table of the video tokens; `Rotary.none()` for CogVideoX-2b."""
-        return self._rotary_of(self._grid(video))
+        return self._rotary_of(self.facts.layout(video).grid)
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Return embeddings [P, T, C]. A text that occurs twice is encoded once.
-
-        One prompt at a time: a batch would change the last bits, and with them the video. Padding
-        is not masked, as CogVideoX was trained.
-        """
+        """Return embeddings [P, T, C]. Padding is not masked, as CogVideoX was trained."""
         if self._text_encoder is None:
             self._text_encoder = self._load_text_encoder()
         tokenizer, encoder = self._text_encoder
-        embeds: dict[str, Tensor] = {}
-        for prompt in prompts:
-            if prompt.text not in embeds:
-                ids = torch.tensor([tokenizer.tokenize(prompt).ids], device=self.device)
-                with torch.no_grad():
-                    embeds[prompt.text] = encoder(ids)[0].to(self.dtype)
-        return torch.cat([embeds[prompt.text] for prompt in prompts])
+
+        @torch.no_grad()
+        def encode(prompt: Prompt) -> Tensor:
+            ids = torch.tensor([tokenizer.tokenize(prompt).ids], device=self.device)
+            embeds: Tensor = encoder(ids)[0].to(self.dtype)
+            return embeds
+
+        return encode_each(prompts, encode)
 
     def free_text_encoder(self) -> None:
         """Drop the text encoder's weights; the next `encode_prompts` loads them again."""
@@ -163,7 +131,7 @@ class CogVideoXModel:
 
     def initial_noise(self, seed: int, video: VideoConfig) -> Tensor:
         """Return latents [1, F, C, height, width], drawn on the CPU in the model's dtype."""
-        frames, height, width = self._grid(video)
+        frames, height, width = self.facts.layout(video).grid
         patch = self.facts.patch_size
         shape = (1, frames, self.facts.latent_channels, height * patch, width * patch)
         generator = torch.Generator().manual_seed(seed)
@@ -203,10 +171,7 @@ class CogVideoXModel:
             self._vae.disable_tiling()
         scaled_BCFHW = 1 / self._vae.config.scaling_factor * latents.transpose(1, 2)
         video_CFHW = self._vae.decode(scaled_BCFHW).sample[0]
-        unit_CFHW = (video_CFHW * 0.5 + 0.5).clamp(0, 1).float()
-        bytes_FHWC = (unit_CFHW * 255).round().to(torch.uint8).permute(1, 2, 3, 0)
-        frames: NDArray[np.uint8] = bytes_FHWC.contiguous().cpu().numpy()
-        return frames
+        return to_frames(video_CFHW)
 
     def controlled_processors(
         self, run: RunContext, control: AttentionControl
@@ -218,13 +183,6 @@ class CogVideoXModel:
             )
             for layer in range(self.facts.num_layers)
         }
-
-    def _grid(self, video: VideoConfig) -> tuple[int, int, int]:
-        # resolve_config left no None.
-        assert video.pixel_frames is not None
-        assert video.height is not None
-        assert video.width is not None
-        return self.facts.grid(video.pixel_frames, video.height, video.width)
 
     def _rotary_of(self, grid: tuple[int, int, int]) -> Rotary:
         if not self.facts.has_rope:
@@ -248,21 +206,6 @@ class CogVideoXModel:
         return self._rotary[grid]
 
 
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Keep the bars of both libraries off stderr: progress there is the command line's to show."""
-    noisy = [
-        log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()
-    ]
-    for log in noisy:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in noisy:
-            log.enable_progress_bar()
-
-
 def load_cogvideox(config: ModelConfig, facts: ModelFacts, group: SequenceGroup) -> CogVideoXModel:
     """Load CogVideoX from a folder or the Hub: safetensors weights only, no code from there.
 
@@ -270,75 +213,21 @@ def load_cogvideox(config: ModelConfig, facts: ModelFacts, group: SequenceGroup)
         ConfigError: a folder, file or Hub id is missing or damaged; the device does not exist.
         ModelSupportError: a part of the model is of another class than CogVideoX's.
     """
-    is_local = config.id == STORYBOOK_ID or Path(config.id).is_dir()
-    # Of a Hub model, facts.folder holds the json files only.
-    source = str(facts.folder) if is_local else config.id
-    revision = None if is_local else config.revision
-    device, dtype = choose_device(config), choose_dtype(config, facts)
-    _check_classes(
-        load_component(
-            lambda: CogVideoXPipeline.load_config(source, revision=revision),
-            config=config,
-            name="model_index.json",
-        ),
+    loader = PartLoader(
         config,
+        facts,
+        classes={
+            "transformer": (CogVideoXTransformer3DModel,),
+            "vae": (AutoencoderKLCogVideoX,),
+            "text_encoder": (T5EncoderModel,),
+            "scheduler": tuple(SCHEDULERS.values()),
+        },
     )
-
-    def load(component: type[Component], name: str) -> Component:
-        with _no_loading_bars():
-            model, info = load_component(
-                lambda: component.from_pretrained(
-                    source,
-                    subfolder=name,
-                    revision=revision,
-                    dtype=dtype,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                ),
-                config=config,
-                name=name,
-            )
-        if info["missing_keys"]:  # both libraries would fill these with random numbers
-            raise ConfigError(
-                f"model.id {config.id!r}: the weights of its {name} lack "
-                f"{len(info['missing_keys'])} tensors ({min(info['missing_keys'])} is one): they "
-                f"do not belong to its config.json; download the model again"
-            )
-        loaded: Component = model.to(device)
-        return loaded
-
     return CogVideoXModel(
         facts,
-        transformer=load(CogVideoXTransformer3DModel, "transformer"),
-        vae=load(AutoencoderKLCogVideoX, "vae"),
-        load_text_encoder=lambda: TextEncoder(
-            PromptTokenizer.load(facts, revision=revision), load(T5EncoderModel, "text_encoder")
-        ),
-        scheduler_config=load_component(
-            lambda: CogVideoXDDIMScheduler.load_config(
-                source, subfolder="scheduler", revision=revision
-            ),
-            config=config,
-            name="scheduler",
-        ),
+        transformer=loader.load(CogVideoXTransformer3DModel, "transformer"),
+        vae=loader.load(AutoencoderKLCogVideoX, "vae"),
+        load_text_encoder=lambda: loader.load_text_encoder(T5EncoderModel),
+        scheduler_config=loader.scheduler_config(CogVideoXDDIMScheduler),
         group=group,
     )
-
-
-def _check_classes(index: dict[str, object], config: ModelConfig) -> None:
-    """Refuse by name what would load, but as another model than it is."""
-    wanted = {
-        "transformer": (CogVideoXTransformer3DModel,),
-        "vae": (AutoencoderKLCogVideoX,),
-        "text_encoder": (T5EncoderModel,),
-        "scheduler": tuple(SCHEDULERS.values()),
-    }
-    for name, classes in wanted.items():
-        found = index.get(name)
-        class_name = found[-1] if isinstance(found, list) else found
-        legal = [known.__name__ for known in classes]
-        if class_name not in legal:
-            raise ModelSupportError(
-                f"model.id {config.id!r} has a {class_name} as its {name}: the CogVideoX adapter "
-                f"knows {' and '.join(legal)}; choose a model with these"
-            )

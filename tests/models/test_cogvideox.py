@@ -21,7 +21,8 @@ from bachvid.errors import BachvidError, ConfigError, ModelSupportError
 from bachvid.facts import load_facts
 from bachvid.models import cogvideox
 from bachvid.models.base import VideoModel, attention_control, load_model
-from bachvid.models.cogvideox import CogVideoXControlledProcessor, CogVideoXModel, TextEncoder
+from bachvid.models.cogvideox import CogVideoXControlledProcessor, CogVideoXModel
+from bachvid.models.loading import TextEncoder
 from bachvid.prompts import Prompt, PromptTokenizer, compose_prompt
 
 PROMPT = compose_prompt("a snowy forest", "a girl in a yellow dress", "jumps")
