@@ -14,7 +14,7 @@ from bachvid import __version__
 from bachvid.cache_policy import format_bytes
 from bachvid.config import ModelConfig, RenderConfig
 from bachvid.errors import BachvidError, WorkerError
-from bachvid.facts import STORYBOOK_FOLDER, load_facts
+from bachvid.facts import EMBEDDED, load_facts
 from bachvid.story import Action, Scene, Story
 
 _PACKAGES = ("torch", "diffusers", "transformers", "ray", "av")
@@ -74,9 +74,12 @@ def _encoder() -> str:
 
 
 def _weights() -> str:
-    weights = sorted(STORYBOOK_FOLDER.rglob("*.safetensors"))
-    if not weights:
-        raise WorkerError(f"no weights in {STORYBOOK_FOLDER}; install bachvid again")
+    weights = []
+    for folder in EMBEDDED.values():
+        found = sorted(folder.rglob("*.safetensors"))
+        if not found:
+            raise WorkerError(f"no weights in {folder}; install bachvid again")
+        weights += found
     size = sum(path.stat().st_size for path in weights)
     return f"{format_bytes(size)} in {len(weights)} files"
 

@@ -1,6 +1,6 @@
 """How well masks and matches of the storybook model agree with the truth of its world.
 
-    python benchmarks/storybook_truth.py [--pairs 100] [--set method.profile=paper]
+    python benchmarks/storybook_truth.py [--pairs 100] [--set model.id=storybook-wan]
 
 Procedural clips with varied positions, which no training stage has seen, are encoded, noised to
 the mask step, and observed in one forward, as a pre-pass observes its video. A token is character
@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import click
 import numpy as np
 import torch
-from diffusers import AutoencoderKLCogVideoX
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bachvid.actors import ModelWorker
 from bachvid.config import RenderConfig, resolve_config
@@ -26,7 +27,6 @@ from bachvid.methods.matching import TokenMatch, match_tokens, match_within_fore
 from bachvid.models.base import attention_control
 from bachvid.plan import VideoPlan
 from bachvid.prompts import compose_prompt
-from bachvid.storybook.model import WEIGHTS
 from bachvid.storybook.train_transformer import TOKEN_IS_CHARACTER, pool_to_tokens
 from bachvid.storybook.training import to_video
 from bachvid.storybook.world import ACTIONS, BACKGROUNDS, CHARACTERS, Clip, render_clip
@@ -90,9 +90,12 @@ class Observer:
         self.config = resolve_config(config, facts)
         self.worker = ModelWorker(self.config, facts)
         self.grid, self.ratio = self.worker.layout.grid, facts.spatial_ratio
-        self.vae = AutoencoderKLCogVideoX.from_pretrained(WEIGHTS, subfolder="vae").float()
-        self.scheduler = self.worker.model.scheduler("ddim")
+        self.is_wan = facts.family == "wan"
+        vae_class = AutoencoderKLWan if self.is_wan else AutoencoderKLCogVideoX
+        self.vae = vae_class.from_pretrained(facts.folder, subfolder="vae").float()
         assert self.config.sampling.num_steps is not None
+        assert self.config.sampling.scheduler is not None
+        self.scheduler = self.worker.model.scheduler(self.config.sampling.scheduler)
         self.scheduler.set_timesteps(self.config.sampling.num_steps)
         assert self.config.method.mask_step is not None
         self.step = self.config.method.mask_step
@@ -109,13 +112,21 @@ class Observer:
         tokens = self.worker.tokenize(VideoPlan("clip", None, prompt, None, seed))
         control = self.worker.method.pre_pass_control(run, tokens, None)
         assert control is not None
-        video = to_video(torch.from_numpy(clip.frames[None]))
-        latents = self.vae.encode(video).latent_dist.mean * self.vae.config.scaling_factor
-        noise = model.initial_noise(seed, self.config.video)
-        noisy = self.scheduler.add_noise(latents.transpose(1, 2), noise, self.timestep[None])
+        noisy = self._noised(clip, model.initial_noise(seed, self.config.video))
         with attention_control(model, run, control):
             model.predict(noisy, self.timestep, model.encode_prompts([prompt]))
         return control.observation
+
+    def _noised(self, clip: Clip, noise: Tensor) -> Tensor:
+        """Encode a clip, and noise it to the mask step, in the layout of the model's latents."""
+        video = to_video(torch.from_numpy(clip.frames[None]))
+        latents = self.vae.encode(video).latent_dist.mean
+        if self.is_wan:
+            sigma = self.scheduler.sigmas[self.step]
+            deviation = torch.tensor(self.vae.config.latents_std).view(1, -1, 1, 1, 1)
+            return (1 - sigma) * latents / deviation + sigma * noise
+        scaled = latents.transpose(1, 2) * self.vae.config.scaling_factor
+        return self.scheduler.add_noise(scaled, noise, self.timestep[None])
 
     def match(self, frame: Observation, identity: Observation) -> TokenMatch:
         """Match the foreground of a frame video to an identity video, as the method does."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bachvid.config import RenderConfig
 from bachvid.errors import ConfigError
-from bachvid.facts import STORYBOOK_ID
+from bachvid.facts import EMBEDDED
 from bachvid.journal import RunContents, VideoRecord, read_run
 from bachvid.metrics.attributes import attribute_agreement
 from bachvid.metrics.cost import cost
@@ -137,7 +137,7 @@ def evaluate_run(path: Path, *, judge: ReadClips | None = None) -> Evaluation:
     story = Story.model_validate(run.header.story)
     if not run.records:
         raise ConfigError(f"{path} has no finished video: render its story first")
-    if judge is None and config.model.id == STORYBOOK_ID:
+    if judge is None and config.model.id in EMBEDDED:
         from bachvid.storybook.judge import Judge  # imports torch
 
         judge = Judge.load()
