@@ -1,6 +1,7 @@
 """The roles that render: one worker holds a model, an identity actor and a frame actor use it.
 
-Plain classes: they know no run directory, no order of work and no Ray.
+Plain classes: they know no run directory, no order of work and no Ray. The ranks of a gang each
+have a worker, and run the same roles on the same videos, in step; rank 0 alone sees pixels.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bachvid import __version__
-from bachvid.attention import RunContext
+from bachvid.attention import ALONE, RunContext, SequenceGroup
 from bachvid.cache import IdentityCache, KVStore
 from bachvid.config import RenderConfig, config_hash
 from bachvid.errors import WorkerError
 from bachvid.events import Phase, PreviewFrames, RunStep
 from bachvid.facts import ModelFacts
+from bachvid.gangs import Gang, RankShare
 from bachvid.kv_files import FileKVStore
-from bachvid.kv_stores import StepPacker
+from bachvid.kv_packing import StepPacker
 from bachvid.methods import build_method
 from bachvid.methods.base import MethodControl, MethodSettings, Observation
 from bachvid.methods.injection import InjectedTokens
@@ -49,9 +51,13 @@ class MatchedTokens:
 
 @dataclass(frozen=True, slots=True)
 class RenderedVideo:
-    """One video and what became known about it; `foreground` is in tokens, the rest in pixels."""
+    """One video and what became known about it.
+
+    `frames` are in pixels, `foreground` in tokens, `latents` in the model's own layout.
+    """
 
     frames: Frames
+    latents: NDArray[np.float32]
     foreground: Foreground
     matched: MatchedTokens | None
     latents_sha256: str
@@ -62,28 +68,45 @@ class RenderedVideo:
 
 
 class ModelWorker:
-    """One process's model, method and token layout, for both roles.
+    """One process's model, method and token layout, for both roles; as one rank of `group`.
 
     `model.threads` is set for the whole process: torch knows one number of threads only.
     Raises ConfigError or ModelSupportError if the model cannot be loaded.
     """
 
-    def __init__(self, config: RenderConfig, facts: ModelFacts) -> None:
+    def __init__(
+        self, config: RenderConfig, facts: ModelFacts, group: SequenceGroup = ALONE
+    ) -> None:
         if config.model.threads is not None:
             torch.set_num_threads(config.model.threads)
         self.config = config
         self.facts = facts
-        self.model = load_model(config.model, facts)
+        self.group = group
+        self.model = load_model(config.model, facts, group)
         self.method = build_method(config.method, config_hash=config_hash(config))
         self.layout = self.model.layout(config.video)
         self.embeds: dict[str, Tensor] = {}  # [1, T, C] by prompt; the negative one is needed too
         self._tokenizer: PromptTokenizer | None = None
 
     @property
+    def share(self) -> RankShare:
+        """The branches and heads that this rank computes."""
+        group = self.group
+        gang = Gang(group.size * group.cfg_size, group.cfg_size)
+        return gang.share(group.cfg_rank * group.size + group.rank, self.facts.num_heads)
+
+    @property
+    def sees_pixels(self) -> bool:
+        """Whether this rank decodes: one of a gang does."""
+        return self.group.rank == self.group.cfg_rank == 0
+
+    @property
     def made_with(self) -> dict[str, str]:
         """Versions and device: what a video must be rendered with to come out the same again."""
         device = self.model.device
         is_gpu = device.type == "cuda"
+        size, cfg = self.group.size, self.group.cfg_size
+        ranks = f"{size} x cfg {cfg}" if cfg > 1 else str(size)
         return {
             "bachvid": __version__,
             "torch": torch.__version__,
@@ -91,6 +114,7 @@ class ModelWorker:
             "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
             "threads": str(torch.get_num_threads()),
             "machine": platform.machine(),
+            **({"ranks": ranks} if size * cfg > 1 else {}),
         }
 
     def encode(self, prompts: Sequence[Prompt]) -> None:
@@ -103,19 +127,22 @@ class ModelWorker:
 
     def new_run(self) -> RunContext:
         """Return the context of one video, before its first step."""
-        return RunContext(layout=self.layout, rotary=self.model.rotary(self.config.video))
+        return RunContext(
+            layout=self.layout, rotary=self.model.rotary(self.config.video), group=self.group
+        )
 
     def new_packer(self) -> StepPacker:
         """Return a store that packs what an identity video records."""
         settings = MethodSettings.from_config(self.config.method)
         return StepPacker(
+            share=self.share,
             layers=settings.vital_layers,
             branches=settings.branches,
             config_hash=config_hash(self.config),
         )
 
     def new_file_store(self, folder: Path) -> FileKVStore:
-        """Return a store that keeps what an identity video records, as files."""
+        """Return a store that keeps what an identity video records, as files, if it is alone."""
         settings = MethodSettings.from_config(self.config.method)
         return FileKVStore(
             folder,
@@ -152,7 +179,7 @@ class ModelWorker:
     def previews(self, done: Denoised) -> Iterator[PreviewFrames]:
         """Decode what a step of a main run expects, if the config wants it of this step."""
         every = self.config.output.preview_every
-        if every is not None and (done.step + 1) % every == 0:
+        if self.sees_pixels and every is not None and (done.step + 1) % every == 0:
             yield PreviewFrames(self.model.decode(done.estimate))
 
     def finish(
@@ -162,13 +189,19 @@ class ModelWorker:
         *,
         seconds: dict[str, float],
         cache_bytes: int,
-    ) -> RenderedVideo:
-        """Decode the latents of a video and put together what is known about it."""
+    ) -> RenderedVideo | None:
+        """Decode the latents of a video and put together what is known about it.
+
+        None for a rank that sees no pixels.
+        """
+        if not self.sees_pixels:
+            return None
         with _timed(seconds, "decode"):
             frames = self.model.decode(latents)
         seen = control.observation
         return RenderedVideo(
             frames=frames,
+            latents=latents.float().cpu().numpy(),
             foreground=seen.foreground.mask_N.cpu().numpy().reshape(self.layout.grid),
             matched=_matched_tokens(control.injected, self.layout.grid),
             latents_sha256=_latents_sha256(latents),
@@ -192,12 +225,12 @@ class IdentityVideoActor:
         store: KVStore,
         *,
         records: Sequence[Sequence[int]],
-    ) -> Generator[RunStep | IdentityCache | PreviewFrames, None, RenderedVideo]:
+    ) -> Generator[RunStep | IdentityCache | PreviewFrames, None, RenderedVideo | None]:
         """Render the video: yield every step, and the cache as soon as the mask is known.
 
         There is one run for each of `records`, which names the steps that it puts into `store`.
         All but the last end with the mask step: they serve pre-passes, which end there too. The
-        cache is yielded in the first run.
+        cache is yielded in the first run. Every rank of a gang yields the same steps.
         Raises WorkerError, naming video and step, whatever goes wrong.
         """
         worker, seconds = self._worker, dict[str, float]()
@@ -226,7 +259,7 @@ class FrameVideoActor:
 
     def render(
         self, scene: str, video: VideoPlan, open_cache: Callable[[], IdentityCache]
-    ) -> Generator[RunStep | PreviewFrames, None, RenderedVideo]:
+    ) -> Generator[RunStep | PreviewFrames, None, RenderedVideo | None]:
         """Render the video: yield every step of all its runs, as `method.reads` counts them.
 
         `open_cache` gives the cache when it is first needed; it may wait for the identity video.

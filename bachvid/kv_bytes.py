@@ -32,6 +32,12 @@ def key_and_value(piece: Tensor, dtype: torch.dtype, shape: torch.Size) -> tuple
     return both[0], both[1]
 
 
+def by_heads(piece: Bytes, dtype: torch.dtype, shape: torch.Size) -> Bytes:
+    """View a piece as [2, B, M, H, bytes of a head]: NumPy has no bfloat16."""
+    whole = piece[: 2 * shape.numel() * dtype.itemsize]
+    return whole.reshape(2, *shape[:3], shape[3] * dtype.itemsize)
+
+
 def checksum(piece: Bytes) -> bytes:
     """Sum up bytes: at memory speed, against accidents, not against intent.
 

@@ -26,7 +26,7 @@ from bachvid.cache import SAME_CONFIG, IdentityCache, KVShard
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
 from bachvid.gangs import Branch
 from bachvid.kv_bytes import checksum
-from bachvid.kv_stores import sites_of
+from bachvid.kv_packing import sites_of
 from bachvid.rundir import write_atomically
 from bachvid.tokens import TokenLayout
 

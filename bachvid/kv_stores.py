@@ -1,8 +1,9 @@
-"""Keys and values on their way from the process that recorded them to those that read them.
+"""Keys and values on their way into a frame video: pulled, checked and staged layer by layer.
 
-An identity worker packs each step into one block of bytes (`StepPacker`), whatever carries it
-gives the block to the frame workers, and each of them reads it layer by layer, one layer ahead
-of its video (`PulledKVStore`). Knows no Ray, no method and no model.
+An identity worker packs each step (`bachvid.kv_packing`), whatever carries it gives the blocks to
+the frame workers, and each of them reads them one layer ahead of its video (`PulledKVStore`). Of
+the blocks of a gang it joins the branches and heads of its own rank. Knows no Ray, no method and
+no model.
 """
 
 from __future__ import annotations
@@ -11,128 +12,31 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bachvid.attention import AttentionSite
 from bachvid.cache import SAME_CONFIG, KVShard
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
-from bachvid.gangs import Branch
-from bachvid.kv_bytes import Bytes, checksum, copy_and_sum, key_and_value, piece_bytes
+from bachvid.gangs import Branch, RankShare, cut_passes
+from bachvid.kv_bytes import (
+    Bytes,
+    by_heads,
+    checksum,
+    copy_and_sum,
+    key_and_value,
+    piece_bytes,
+)
+from bachvid.kv_packing import PackedStep, sites_of, sites_read
 
-FetchStep = Callable[[int, int], "PackedStep"]  # (run, step); waits until the step is there
+FetchStep = Callable[[int, int], Sequence[PackedStep]]  # (run, step); waits until all are there
 
 _NUM_SLOTS = 2  # one that is read, one that is filled
-
-
-@dataclass(frozen=True, slots=True)
-class StepHeader:
-    """What a packed step holds: the key tensors' dtype, by torch's name, and their shape.
-
-    `checksums` are those of the sites, in their order.
-    """
-
-    step: int
-    sites: tuple[AttentionSite, ...]
-    dtype: str
-    shape: tuple[int, ...]
-    checksums: tuple[bytes, ...]
-    config_hash: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedStep:
-    """All keys and values of one step. Pickles with the payload out of band: without a copy.
-
-    The payload holds the pieces of the sites, in their order; all are of one size.
-    """
-
-    header: StepHeader
-    payload: Bytes
-
-
-def sites_of(
-    step: int, layers: Sequence[int], branches: Sequence[Branch]
-) -> tuple[AttentionSite, ...]:
-    """Give the sites of one step in the order in which a run reads them."""
-    return tuple(AttentionSite(step, layer, branch) for layer in layers for branch in branches)
-
-
-class StepPacker:
-    """The store that an identity video writes: it packs one step at a time.
-
-    Memory: one step. Every step is packed into the same buffer, because memory that is written
-    for the first time costs several times the copy. So a packed step must have been sent, or
-    copied, before the next shard is put. Ray does: it copies what a generator yields before it
-    resumes the generator.
-    """
-
-    def __init__(
-        self, *, layers: Sequence[int], branches: Sequence[Branch], config_hash: str
-    ) -> None:
-        self._layers, self._branches = tuple(layers), tuple(branches)
-        self._config_hash = config_hash
-        self._buffer: Tensor | None = None
-        self._dtype, self._shape = torch.uint8, torch.Size()
-        self._checksums: dict[AttentionSite, bytes] = {}
-        self._step_bytes: dict[int, int] = {}
-
-    def put(self, shard: KVShard) -> None:
-        """Copy a shard of the current step; one of the same site is replaced."""
-        sites = sites_of(shard.site.step, self._layers, self._branches)
-        assert self._checksums.keys() <= set(sites), "take the step before"
-        key_BMHD = shard.key_BMHD
-        num_bytes = piece_bytes(key_BMHD.dtype, key_BMHD.shape)
-        if self._buffer is None:
-            self._dtype, self._shape = key_BMHD.dtype, key_BMHD.shape
-            # Zeros: the padding is part of the checksum. Pinned: the GPU writes it directly.
-            self._buffer = torch.zeros(
-                num_bytes * len(sites), dtype=torch.uint8, pin_memory=key_BMHD.is_cuda
-            )
-        assert (key_BMHD.dtype, key_BMHD.shape) == (self._dtype, self._shape)
-        start = sites.index(shard.site) * num_bytes
-        piece = self._buffer[start : start + num_bytes]
-        packed_key, packed_value = key_and_value(piece, self._dtype, self._shape)
-        packed_key.copy_(key_BMHD)
-        packed_value.copy_(shard.value_BMHD)
-        self._checksums[shard.site] = checksum(piece.numpy())
-
-    def take(self, step: int) -> PackedStep | None:
-        """Give the packed step, None if nothing was put, and be ready for the next one."""
-        if not self._checksums:
-            return None
-        sites = sites_of(step, self._layers, self._branches)
-        assert self._buffer is not None
-        assert self._checksums.keys() == set(sites), "not a whole step"
-        header = StepHeader(
-            step=step,
-            sites=sites,
-            dtype=str(self._dtype).removeprefix("torch."),
-            shape=tuple(self._shape),
-            checksums=tuple(self._checksums[site] for site in sites),
-            config_hash=self._config_hash,
-        )
-        self._checksums = {}
-        self._step_bytes[step] = self._buffer.nbytes
-        return PackedStep(header, self._buffer.numpy())
-
-    def begin(self, steps: Sequence[int]) -> None:
-        """Do nothing: nobody reads here."""
-
-    def get(self, site: AttentionSite) -> KVShard:
-        """Refuse: raises CacheMissError."""
-        raise CacheMissError(
-            f"no identity keys and values for step {site.step}, layer {site.layer}: they are sent "
-            f"away, step by step; read them where they arrive"
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all steps that were packed; a step that was packed again counts once."""
-        return sum(self._step_bytes.values())
 
 
 class PulledKVStore:
@@ -143,23 +47,29 @@ class PulledKVStore:
     which other processes may share. A shard is valid until the next layer is asked for.
     Memory: two layers, and one fetched step until its last layer is staged.
 
-    `fetch(run, step)` counts the runs from 0, one for each `begin`; it is called in the thread,
-    and once more for a step of which a layer is damaged. `nbytes` is what all recorded steps have.
-    Close the store when the video is over, also when it failed: its thread holds memory. Whoever
-    makes `fetch` sees to it that it returns or raises after `close`.
+    `share` is what this rank reads, of what `branches` are recorded; `passes` are the forwards of
+    a step, in their order, by the branches that share one. `fetch(run, step)` gives the blocks of
+    all ranks that recorded something of it; it counts the runs from 0, one for each `begin`; it is
+    called in the thread, and once more for a step of which a layer is damaged. `nbytes` is what
+    all recorded steps have. Close the store when the video is over, also when it failed: its
+    thread holds memory. Whoever makes `fetch` sees to it that it returns or raises after `close`.
     """
 
     def __init__(
         self,
         fetch: FetchStep,
         *,
+        share: RankShare,
         layers: Sequence[int],
         branches: Sequence[Branch],
+        passes: Sequence[Sequence[Branch]],
         config_hash: str,
         nbytes: int,
     ) -> None:
         self._fetch = fetch
-        self._layers, self._branches = tuple(layers), tuple(branches)
+        self._share, self._layers = share, tuple(layers)
+        self._branches = tuple(branch for branch in branches if branch in share.branches)
+        self._passes = cut_passes(passes, self._branches)
         self._config_hash, self._nbytes = config_hash, nbytes
         self._run = -1
         self._ahead: deque[AttentionSite] = deque()
@@ -176,12 +86,11 @@ class PulledKVStore:
         self.close()
         self._pull = self._staged = None
         self._run += 1
-        run, steps = self._run, tuple(steps)
-        self._ahead = deque(
-            site for step in steps for site in sites_of(step, self._layers, self._branches)
-        )
-        if steps:
-            self._pull = _Pull(lambda step: self._fetch_checked(run, step), steps)
+        run = self._run
+        order = {step: sites_read(step, self._layers, self._passes) for step in steps}
+        self._ahead = deque(site for sites in order.values() for site in sites)
+        if self._ahead:
+            self._pull = _Pull(lambda step: self._fetch_checked(run, step), order, self._share)
 
     def get(self, site: AttentionSite) -> KVShard:
         """Give the next shard; valid until that of another layer is asked for.
@@ -220,40 +129,66 @@ class PulledKVStore:
         if self._pull is not None:
             self._pull.stop()
 
-    def _fetch_checked(self, run: int, step: int) -> PackedStep:
-        packed = self._fetch(run, step)
-        header = packed.header
-        found = (header.step, header.sites, header.config_hash)
-        if found != (step, sites_of(step, self._layers, self._branches), self._config_hash):
-            raise CacheMissError(
-                f"what came as step {step} is step {header.step} with {len(header.sites)} sites "
-                f"under config {header.config_hash[:12]}, wanted are the layers {self._layers} "
-                f"and branches {self._branches} under {self._config_hash[:12]}; {SAME_CONFIG}"
-            )
-        return packed
+    def _fetch_checked(self, run: int, step: int) -> Sequence[PackedStep]:
+        """Fetch the blocks of a step; they must hold what this rank reads, all of it and once."""
+        packs = self._fetch(run, step)
+        for header in (packed.header for packed in packs):
+            branches = tuple(dict.fromkeys(site.branch for site in header.sites))
+            found = (header.step, header.sites, header.config_hash)
+            if found != (step, sites_of(step, self._layers, branches), self._config_hash):
+                raise CacheMissError(
+                    f"what came as step {step} is step {header.step} with {len(header.sites)} "
+                    f"sites under config {header.config_hash[:12]}, wanted are the layers "
+                    f"{self._layers} under {self._config_hash[:12]}; {SAME_CONFIG}"
+                )
+        share = self._share
+        wanted = list(range(share.first_head, share.last_head))
+        for site in sites_of(step, self._layers[:1], self._branches):
+            heads = sorted(head for packed in packs for head in _heads_read(packed, site, share))
+            if heads != wanted:
+                raise CacheMissError(
+                    f"of step {step}, branch {site.branch}, came the heads {heads}, wanted are "
+                    f"{wanted}; {SAME_CONFIG}"
+                )
+        return packs
+
+
+def _heads_read(packed: PackedStep, site: AttentionSite, share: RankShare) -> range:
+    """Give the heads of a site that are in a block and are also of a share."""
+    header = packed.header
+    if site not in header.sites:
+        return range(0)
+    first = max(header.first_head, share.first_head)
+    return range(first, min(header.first_head + header.shape[2], share.last_head))
 
 
 @dataclass(frozen=True, slots=True)
 class _StagedLayer:
-    """One layer of a step in its slot; `header` is the step's, `sites` are the layer's."""
+    """One layer of a step in its slot, with the keys' dtype and shape."""
 
-    header: StepHeader
     sites: tuple[AttentionSite, ...]
+    dtype: torch.dtype
+    shape: torch.Size
     slot: Tensor
 
     def shard(self, site: AttentionSite) -> KVShard:
-        pieces = self.slot.view(len(self.sites), -1)
-        dtype: torch.dtype = getattr(torch, self.header.dtype)
-        piece = pieces[self.sites.index(site)]
-        return KVShard(site, *key_and_value(piece, dtype, torch.Size(self.header.shape)))
+        piece = self.slot.view(len(self.sites), -1)[self.sites.index(site)]
+        return KVShard(site, *key_and_value(piece, self.dtype, self.shape))
 
 
 class _Pull:
-    """The thread of one run: fetches its steps and stages their layers, as slots become free."""
+    """The thread of one run: fetches its steps and stages their layers, as slots become free.
 
-    def __init__(self, fetch: Callable[[int], PackedStep], steps: Sequence[int]) -> None:
-        self._fetch = fetch
-        self._steps = steps
+    `order` has the sites of each step in the order in which they are read.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[int], Sequence[PackedStep]],
+        order: Mapping[int, Sequence[AttentionSite]],
+        share: RankShare,
+    ) -> None:
+        self._fetch, self._order, self._share = fetch, order, share
         self._free: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
         for _ in range(_NUM_SLOTS):
             self._free.put(None)  # made when the first step says how large
@@ -281,7 +216,7 @@ class _Pull:
 
     def _work(self) -> None:
         try:
-            for step in self._steps:
+            for step in self._order:
                 self._stage_step(step)
                 if self._stopped.is_set():
                     return
@@ -289,17 +224,16 @@ class _Pull:
             self._ready.put(error)
 
     def _stage_step(self, step: int) -> None:
-        packed = self._fetch(step)
-        sites = packed.header.sites
-        for layer in dict.fromkeys(site.layer for site in sites):
+        packs = self._fetch(step)
+        for _, group in groupby(self._order[step], key=lambda site: site.layer):
+            sites = tuple(group)
             slot = self._free.get()
             if self._stopped.is_set():
                 return
-            own = tuple(site for site in sites if site.layer == layer)
-            staged, damaged = _stage(packed, own, slot)
+            staged, damaged = _stage(packs, sites, self._share, slot)
             if damaged is not None:
-                packed = self._fetch(step)
-                staged, damaged = _stage(packed, own, staged.slot)
+                packs = self._fetch(step)
+                staged, damaged = _stage(packs, sites, self._share, staged.slot)
             if damaged is not None:
                 raise CorruptShardError(
                     f"the identity keys and values of {_name(damaged)} are damaged, also when "
@@ -310,22 +244,46 @@ class _Pull:
 
 
 def _stage(
-    packed: PackedStep, sites: tuple[AttentionSite, ...], slot: Tensor | None
+    packs: Sequence[PackedStep],
+    sites: tuple[AttentionSite, ...],
+    share: RankShare,
+    slot: Tensor | None,
 ) -> tuple[_StagedLayer, AttentionSite | None]:
-    """Copy a layer's sites into `slot`, or a new one; give also a site whose copy is damaged."""
-    header = packed.header
-    size = len(packed.payload) // len(header.sites)
+    """Copy a layer's sites into `slot`, or a new one; give also a site whose bytes are damaged."""
+    header = packs[0].header
+    dtype: torch.dtype = getattr(torch, header.dtype)
+    shape = torch.Size((*header.shape[:2], share.num_heads, header.shape[3]))
     if slot is None:
-        slot = torch.empty(
-            size * len(sites), dtype=torch.uint8, pin_memory=torch.cuda.is_available()
-        )
+        size = piece_bytes(dtype, shape) * len(sites)
+        slot = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    staged = _StagedLayer(sites, dtype, shape, slot)
     damaged = None
-    for site, target in zip(sites, slot.numpy().reshape(-1, size), strict=True):
-        place = header.sites.index(site)
-        source = packed.payload[place * size : (place + 1) * size]
-        if copy_and_sum(source, target) != header.checksums[place]:
-            damaged = site
-    return _StagedLayer(header, sites, slot), damaged
+    for site, target in zip(sites, slot.numpy().reshape(len(sites), -1), strict=True):
+        for packed in packs:
+            if not _copy_heads(packed, site, share, target, staged):
+                damaged = site
+    return staged, damaged
+
+
+def _copy_heads(
+    packed: PackedStep, site: AttentionSite, share: RankShare, target: Bytes, staged: _StagedLayer
+) -> bool:
+    """Copy what a block has of a site into its piece `target`; give whether it is undamaged."""
+    header, heads = packed.header, _heads_read(packed, site, share)
+    if not heads:
+        return True
+    place, size = header.sites.index(site), len(packed.payload) // len(header.sites)
+    source = packed.payload[place * size : (place + 1) * size]
+    if (header.first_head, header.shape) == (share.first_head, staged.shape):
+        return copy_and_sum(source, target) == header.checksums[place]
+    # The sum is that of all heads in the block: it is taken apart from the copy of some.
+    read = slice(heads.start - header.first_head, heads.stop - header.first_head)
+    written = slice(heads.start - share.first_head, heads.stop - share.first_head)
+    np.copyto(
+        by_heads(target, staged.dtype, staged.shape)[..., written, :],
+        by_heads(source, staged.dtype, torch.Size(header.shape))[..., read, :],
+    )
+    return checksum(source) == header.checksums[place]
 
 
 def _name(site: AttentionSite) -> str:

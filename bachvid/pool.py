@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from bachvid.cache import IdentityCache
     from bachvid.video import Frames
 
-    _Run = Generator[RunStep | IdentityCache | PreviewFrames, None, RenderedVideo]
+    _Run = Generator[RunStep | IdentityCache | PreviewFrames, None, RenderedVideo | None]
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class LocalPool:
         self._caches: dict[str, IdentityCache] = {}
         self._job: Job | None = None
         self._run: (
-            Generator[RunStep | IdentityCache | PreviewFrames, None, RenderedVideo] | None
+            Generator[RunStep | IdentityCache | PreviewFrames, None, RenderedVideo | None] | None
         ) = None
 
     def has_cache(self, job: Job) -> bool:

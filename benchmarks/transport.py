@@ -20,12 +20,15 @@ import ray
 import torch
 
 from bachvid.cache import KVShard
-from bachvid.kv_stores import PackedStep, PulledKVStore, StepPacker, sites_of
+from bachvid.gangs import RankShare
+from bachvid.kv_packing import PackedStep, StepPacker, sites_of
+from bachvid.kv_stores import PulledKVStore
 
 LAYERS, BRANCHES = tuple(range(8)), ("cond",)
 SHAPE = (1, 4096, 16, 64)  # keys of one layer: tokens x heads x channels, 8 MiB in bfloat16
 WINDOW = 2  # steps that are alive
 ROUNDS = 12
+ALL = RankShare(BRANCHES, 0, SHAPE[2])
 
 Seconds = dict[str, float]
 
@@ -41,7 +44,7 @@ class IdentityActor:
     """Publishes steps of random keys and values; each step's are others."""
 
     def __init__(self) -> None:
-        self._packer = StepPacker(layers=LAYERS, branches=BRANCHES, config_hash="")
+        self._packer = StepPacker(share=ALL, layers=LAYERS, branches=BRANCHES, config_hash="")
         numel = torch.Size(SHAPE).numel()
         self._numbers = torch.randn(2 * len(LAYERS) * numel + 1000).bfloat16()
         self._copy = np.zeros(0, dtype=np.uint8)
@@ -75,9 +78,11 @@ class FrameActor:
         self._copy = np.zeros(0, dtype=np.uint8)
         self._refs: defaultdict[int, Future[ray.ObjectRef[PackedStep]]] = defaultdict(Future)
         self._store = PulledKVStore(
-            lambda run, step: ray.get(self._refs[step].result()),
+            lambda run, step: [ray.get(self._refs[step].result())],
+            share=ALL,
             layers=LAYERS,
             branches=BRANCHES,
+            passes=[BRANCHES],
             config_hash="",
             nbytes=0,
         )

@@ -14,7 +14,7 @@ from bachvid.attention import AttentionSite
 from bachvid.cache import IdentityCache, KVShard
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
 from bachvid.kv_files import FileKVStore
-from bachvid.kv_stores import sites_of
+from bachvid.kv_packing import sites_of
 from bachvid.tokens import TokenLayout
 
 LAYOUT = TokenLayout(text_tokens=2, latent_frames=2, grid_height=2, grid_width=3)

@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from bachvid.attention import AttentionSite
 from bachvid.cache import KVShard
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
-from bachvid.gangs import Branch
-from bachvid.kv_stores import PackedStep, PulledKVStore, StepPacker, sites_of
+from bachvid.gangs import Branch, RankShare
+from bachvid.kv_packing import PackedStep, StepPacker, sites_of
+from bachvid.kv_stores import PulledKVStore
 
 LAYERS, BOTH = (1, 4, 5, 8), ("uncond", "cond")
 SHAPE = (1, 7, 3, 5)  # 105 numbers: the pieces need padding in every dtype
 CONFIG = "a" * 64
+ALL = RankShare(BOTH, 0, 3)
+BATCHED, APART = (("uncond", "cond"),), (("cond",), ("uncond",))  # as CogVideoX, as Wan guides
 STEPS = (0, 2, 3)
 
 
@@ -40,7 +43,7 @@ def pack(
     branches: tuple[Branch, ...] = BOTH,
     packer: StepPacker | None = None,
 ) -> PackedStep:
-    packer = packer or StepPacker(layers=LAYERS, branches=branches, config_hash=CONFIG)
+    packer = packer or StepPacker(share=ALL, layers=LAYERS, branches=branches, config_hash=CONFIG)
     for site in sites_of(step, LAYERS, branches):
         packer.put(shard_of(site, dtype))
     packed = packer.take(step)
@@ -60,7 +63,16 @@ def sent(packed: PackedStep) -> PackedStep:
 def open_store(
     fetch: Callable[[int, int], PackedStep], branches: tuple[Branch, ...] = BOTH
 ) -> Iterator[PulledKVStore]:
-    store = PulledKVStore(fetch, layers=LAYERS, branches=branches, config_hash=CONFIG, nbytes=12)
+    """Open the store of a gang of one, which reads what a gang of one wrote."""
+    store = PulledKVStore(
+        lambda run, step: [fetch(run, step)],
+        share=ALL,
+        layers=LAYERS,
+        branches=branches,
+        passes=BATCHED,
+        config_hash=CONFIG,
+        nbytes=12,
+    )
     yield store
     store.close()
 
@@ -94,7 +106,7 @@ def no_thread_is_left() -> Iterator[None]:
 def test_what_is_pulled_is_bitwise_what_was_packed(
     dtype: torch.dtype, branches: tuple[Branch, ...]
 ) -> None:
-    packer = StepPacker(layers=LAYERS, branches=branches, config_hash=CONFIG)
+    packer = StepPacker(share=ALL, layers=LAYERS, branches=branches, config_hash=CONFIG)
     steps = {step: sent(pack(step, dtype, branches, packer)) for step in STEPS}
     with open_store(lambda run, step: steps[step], branches) as store:
         for run_steps in ((2,), STEPS):
@@ -317,7 +329,7 @@ def test_waiting_is_counted_and_only_waiting() -> None:
 
 
 def test_the_two_ends_are_one_way() -> None:
-    packer = StepPacker(layers=LAYERS, branches=BOTH, config_hash=CONFIG)
+    packer = StepPacker(share=ALL, layers=LAYERS, branches=BOTH, config_hash=CONFIG)
     packer.begin(STEPS)
     with pytest.raises(CacheMissError, match="sent away, step by step"):
         packer.get(AttentionSite(0, 1, "cond"))
@@ -330,7 +342,7 @@ def test_the_two_ends_are_one_way() -> None:
 
 
 def test_a_packer_counts_every_step_once_and_has_nothing_to_give_twice() -> None:
-    packer = StepPacker(layers=LAYERS, branches=BOTH, config_hash=CONFIG)
+    packer = StepPacker(share=ALL, layers=LAYERS, branches=BOTH, config_hash=CONFIG)
     assert packer.take(0) is None
     for step in (0, 2, 0):
         packed = pack(step, packer=packer)
@@ -341,7 +353,7 @@ def test_a_packer_counts_every_step_once_and_has_nothing_to_give_twice() -> None
 
 
 def test_half_a_step_is_never_packed() -> None:
-    packer = StepPacker(layers=LAYERS, branches=BOTH, config_hash=CONFIG)
+    packer = StepPacker(share=ALL, layers=LAYERS, branches=BOTH, config_hash=CONFIG)
     packer.put(shard_of(AttentionSite(0, 1, "cond")))
     with pytest.raises(AssertionError, match="not a whole step"):
         packer.take(0)
@@ -352,7 +364,7 @@ def test_half_a_step_is_never_packed() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_shards_of_a_gpu_go_through_pinned_memory() -> None:
-    packer = StepPacker(layers=LAYERS, branches=BOTH, config_hash=CONFIG)
+    packer = StepPacker(share=ALL, layers=LAYERS, branches=BOTH, config_hash=CONFIG)
     for site in sites_of(0, LAYERS, BOTH):
         packer.put(shard_of(site, torch.bfloat16, "cuda"))
     packed = packer.take(0)
