@@ -78,10 +78,13 @@ class Rotary:
                 f"cannot rotate {x_BSHD.shape[1]} tokens with a rotary table of {len(cos_ND)} "
                 f"rows: pass video tokens only, or the position of each token"
             )
-        pairs = x_BSHD.reshape(*x_BSHD.shape[:-1], x_BSHD.shape[-1] // 2, 2)
-        real, imaginary = pairs.unbind(-1)
-        turned_BSHD = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-        rotated = x_BSHD.float() * cos_ND[:, None] + turned_BSHD.float() * sin_ND[:, None]
+        # No copies in fp32: products with the table are, whatever the dtype of `x_BSHD`. Here a
+        # forward would need most of its memory.
+        rotated = x_BSHD * cos_ND[:, None]
+        real, imaginary = x_BSHD.unflatten(-1, (-1, 2)).unbind(-1)
+        rotated_real, rotated_imaginary = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+        rotated_real -= imaginary * sin_ND[:, None, 0::2]
+        rotated_imaginary += real * sin_ND[:, None, 1::2]
         return rotated.to(x_BSHD.dtype)
 
     def rotate_joint(self, x_BSHD: Tensor, layout: TokenLayout) -> Tensor:
