@@ -25,6 +25,7 @@ from bachvid.strict_yaml import (
     shown,
     validate,
 )
+from bachvid.words import clean_text
 
 if TYPE_CHECKING:
     from bachvid.facts import ModelFacts
@@ -224,6 +225,9 @@ def resolve_config(config: RenderConfig, facts: ModelFacts) -> RenderConfig:
         guidance_scale=defaults.guidance_scale,
         noise=defaults.noise,
     )
+    if facts.cleans_text:
+        negative = clean_text(sampling.negative_prompt)
+        sampling = sampling.model_copy(update={"negative_prompt": negative})
     assert sampling.num_steps
     if sampling.scheduler not in facts.schedulers:
         raise ConfigError(

@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from bachvid.config import Dtype, ModelConfig, SchedulerName, VideoConfig
 from bachvid.errors import ConfigError, ModelSupportError
+from bachvid.families import FAMILIES, Family
 from bachvid.gangs import Branch
 from bachvid.model_files import (
     CogVideoXTransformerFile,
@@ -38,8 +38,6 @@ EMBEDDED: Mapping[str, Path] = {
     "storybook-wan": Path(__file__).parent / "storybook" / "wan_weights",
 }
 
-Family = Literal["cogvideox", "wan"]
-
 
 class Vocabulary(BaseModel):
     """The phrases that a model was trained on, where those are all that it understands."""
@@ -49,27 +47,6 @@ class Vocabulary(BaseModel):
     background: tuple[str, ...]
     character: tuple[str, ...]
     action: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FamilyFacts:
-    """What the models of one family have in common.
-
-    `passes` are the forwards of one guided step, in their order, by the CFG branches that share
-    one. `has_joint_text`: text tokens stand in the video's own attention, not in one beside it.
-    """
-
-    pipeline: str  # the diffusers class
-    schedulers: tuple[SchedulerName, ...]
-    passes: tuple[tuple[Branch, ...], ...]
-    has_joint_text: bool
-    size_step: int  # the stock pipeline refuses sizes in pixels that this does not divide
-
-
-FAMILIES: Mapping[Family, FamilyFacts] = {
-    "cogvideox": FamilyFacts("CogVideoXPipeline", ("ddim", "dpm"), (("uncond", "cond"),), True, 8),
-    "wan": FamilyFacts("WanPipeline", ("unipc", "euler"), (("cond",), ("uncond",)), False, 16),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +79,11 @@ class ModelFacts:
     def passes(self) -> tuple[tuple[Branch, ...], ...]:
         """The forwards of one guided step, in their order, by the CFG branches that share one."""
         return FAMILIES[self.family].passes
+
+    @property
+    def cleans_text(self) -> bool:
+        """Whether prompts are cleaned before they are tokenized."""
+        return FAMILIES[self.family].cleans_text
 
     @property
     def joint_text_tokens(self) -> int:

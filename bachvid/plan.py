@@ -17,18 +17,18 @@ from bachvid.config import (
     resolve_config,
 )
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.facts import ModelFacts, Vocabulary, load_facts
+from bachvid.facts import ModelFacts, load_facts
 from bachvid.prompts import (
-    PARTS,
     Prompt,
     PromptPart,
     PromptTokenizer,
     TokenizedPrompt,
     compose_prompt,
-    vocabulary_phrase,
 )
 from bachvid.story import IDENTITY_ID, Action, Scene, Story, video_seed
 from bachvid.tokens import TokenLayout
+from bachvid.wording import check_negative, cleaned, in_vocabulary, mask_words
+from bachvid.words import Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +127,12 @@ def render_plan(
     resolved = resolve_config(config, facts)
     layout = facts.layout(resolved.video)
     plan_gangs(resolved, facts)
-    notes = _model_notes(facts, resolved.method)
+    notes = [*_model_notes(facts, resolved.method), *_noun_notes(story, resolved.method)]
+    if facts.cleans_text:
+        story = cleaned(story)
     if facts.vocabulary:
-        story = _in_vocabulary(story, facts.vocabulary, source=source)
-        _check_negative(resolved.sampling.negative_prompt, facts.vocabulary)
+        story = in_vocabulary(story, facts.vocabulary, source=source)
+        check_negative(resolved.sampling.negative_prompt, facts.vocabulary)
     tokenizer: PromptTokenizer | None = None
     try:
         tokenizer = PromptTokenizer.load(facts, revision=resolved.model.revision, download=download)
@@ -188,9 +190,14 @@ def _plan_scenes(
             problems.append(f"{path}: {error}")
             return None
 
-    def plan_video(scene: Scene, action: Action | None, path: str) -> VideoPlan:
+    def plan_video(
+        scene: Scene,
+        action: Action | None,
+        path: str,
+        words: dict[PromptPart, tuple[Range, ...]],
+    ) -> VideoPlan:
         text = action.text if action else scene.identity
-        prompt = compose_prompt(scene.background, scene.character, text)
+        prompt = compose_prompt(scene.background, scene.character, text, words=words)
         return VideoPlan(
             id=action.id if action else IDENTITY_ID,
             action=action,
@@ -202,9 +209,14 @@ def _plan_scenes(
     scenes = []
     for number, scene in enumerate(story.scenes):
         where = f"{source}: scenes[{number}]"
-        identity = plan_video(scene, None, f"{where}.identity")
+        words: dict[PromptPart, tuple[Range, ...]] = {}
+        try:
+            words = mask_words(scene, resolved.method)
+        except ConfigError as error:
+            problems += [f"{where}.{line}" for line in str(error).splitlines()]
+        identity = plan_video(scene, None, f"{where}.identity", words)
         frames = [
-            plan_video(scene, action, f"{where}.actions[{index}].text")
+            plan_video(scene, action, f"{where}.actions[{index}].text", words)
             for index, action in enumerate(scene.actions)
         ]
         scenes.append(ScenePlan(scene, identity, tuple(frames)))
@@ -214,47 +226,13 @@ def _plan_scenes(
     return tuple(scenes)
 
 
-def _in_vocabulary(story: Story, vocabulary: Vocabulary, *, source: str) -> Story:
-    """Give the story in the vocabulary's spelling. Raises ConfigError for other words."""
-    problems: list[str] = []
-
-    def phrase(part: PromptPart, words: str, path: str) -> str:
-        try:
-            return vocabulary_phrase(part, words, vocabulary)
-        except ConfigError as error:
-            problems.append(f"{source}: {path}: {error}")
-            return words
-
-    def respell(scene: Scene, where: str) -> Scene:
-        given = len(problems)
-        spelled = {
-            "background": phrase("background", scene.background, f"{where}.background"),
-            "character": phrase("character", scene.character, f"{where}.character"),
-            "actions": tuple(
-                action.model_copy(
-                    update={"text": phrase("action", action.text, f"{where}.actions[{i}].text")}
-                )
-                for i, action in enumerate(scene.actions)
-            ),
-        }
-        # By default it is the first action, of which enough was said then.
-        if len(problems) == given or scene.identity != scene.actions[0].text:
-            spelled["identity"] = phrase("action", scene.identity, f"{where}.identity")
-        return scene.model_copy(update=spelled)
-
-    scenes = tuple(respell(scene, f"scenes[{i}]") for i, scene in enumerate(story.scenes))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return story.model_copy(update={"scenes": scenes})
-
-
-def _check_negative(words: str, vocabulary: Vocabulary) -> None:
-    known = {phrase for part in PARTS for phrase in getattr(vocabulary, part)}
-    if words and words not in known:
-        raise ConfigError(
-            f"sampling.negative_prompt: is {words!r}: this model knows only the phrases of its "
-            f"vocabulary; leave it empty, or use one of them"
-        )
+def _noun_notes(story: Story, method: MethodConfig) -> list[str]:
+    given = any(scene.nouns.background or scene.nouns.character for scene in story.scenes)
+    if method.name == "none" or not given or method.mask_words == "nouns":
+        return []
+    return [
+        "the story's nouns are not used: method.mask_words is all, so masks come of whole parts"
+    ]
 
 
 def _model_notes(facts: ModelFacts, method: MethodConfig) -> list[str]:

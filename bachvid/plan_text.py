@@ -11,7 +11,7 @@ from bachvid.cache_policy import counted, format_bytes
 from bachvid.cluster import ExecutionPlan
 from bachvid.config import MethodConfig, config_hash
 from bachvid.gangs import Gang
-from bachvid.plan import RenderPlan, VideoPlan
+from bachvid.plan import RenderPlan, ScenePlan, VideoPlan
 from bachvid.prompts import PromptPart
 
 
@@ -25,6 +25,8 @@ def plan_text(plan: RenderPlan) -> str:
     lines = [f'"{plan.story.title}": {scenes}, {num_videos} videos']
     for scene in plan.scenes:
         lines += ["", f"scene {scene.scene.id}"]
+        if any(words := _mask_words(scene).values()):
+            lines.append(f"  masks by {' against '.join(map(', '.join, words))}")
         for item in scene.videos:
             lines += [f"  {item.id}: {item.prompt.text}", f"    {_video_facts(item, plan)}"]
     lines += [
@@ -51,6 +53,7 @@ def plan_json(plan: RenderPlan) -> dict[str, JsonValue]:
         "scenes": [
             {
                 "id": scene.scene.id,
+                "mask_words": {part: list(words) for part, words in _mask_words(scene).items()},
                 "videos": [_video_json(video) for video in scene.videos],
             }
             for scene in plan.scenes
@@ -135,16 +138,29 @@ def _gang_text(gang: Gang) -> str:
     return counted(gang.size, "rank") + halves
 
 
+def _mask_words(scene: ScenePlan) -> dict[PromptPart, tuple[str, ...]]:
+    """Give the words whose attention makes the masks; none: those of the whole part."""
+    parts: tuple[PromptPart, ...] = ("character", "background")
+    return {part: scene.identity.prompt.words(part) for part in parts}
+
+
 def _video_facts(video: VideoPlan, plan: RenderPlan) -> str:
     seed = f"seed {video.seed}"
     if video.tokens is None:
         return f"{seed}, tokens not counted"
     spans = ", ".join(f"{part} {_rows_text(rows)}" for part, rows in video.tokens.rows.items())
-    return f"{seed}, {video.tokens.num_tokens} of {plan.layout.text_tokens} tokens: {spans}"
+    return f"{seed}, {video.tokens.num_tokens} of {plan.facts.text_tokens} tokens: {spans}"
 
 
 def _rows_text(rows: tuple[int, ...]) -> str:
-    return str(rows[0]) if len(rows) == 1 else f"{rows[0]}-{rows[-1]}"
+    """Give rows as runs: 1, 4-6."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and row == runs[-1][-1] + 1:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _time_text(plan: RenderPlan) -> str:

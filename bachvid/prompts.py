@@ -7,7 +7,7 @@ tokens added, padded to the model's text length.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.facts import ModelFacts, Vocabulary
 from bachvid.strict_yaml import did_you_mean, shown
+from bachvid.words import Range, content_words, find_words
 
 PromptPart = Literal["background", "character", "action"]
 PARTS: tuple[PromptPart, ...] = ("background", "character", "action")
@@ -26,11 +27,15 @@ _SEPARATOR = ", "
 
 @dataclass(frozen=True, slots=True)
 class PromptSpan:
-    """The characters [start, stop) that a part takes in the prompt."""
+    """The characters [start, stop) that a part takes in the prompt.
+
+    `words` are the ranges of them that stand for the part in masks; none: all of it.
+    """
 
     part: PromptPart
     start: int
     stop: int
+    words: tuple[Range, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +45,19 @@ class Prompt:
     text: str
     spans: tuple[PromptSpan, ...] = ()
 
+    def words(self, part: PromptPart) -> tuple[str, ...]:
+        """Give the words that stand for a part in masks; none: all of it."""
+        return tuple(
+            self.text[start:stop]
+            for span in self.spans
+            if span.part == part
+            for start, stop in span.words
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """Token ids, padded to the model's text length, and the rows of each part.
+    """Token ids, padded to the model's text length, and the rows that stand for each part.
 
     `num_tokens` counts what is not padding, the end token too.
     """
@@ -53,17 +67,42 @@ class TokenizedPrompt:
     num_tokens: int
 
 
-def compose_prompt(background: str, character: str, action: str) -> Prompt:
+def compose_prompt(
+    background: str,
+    character: str,
+    action: str,
+    *,
+    words: Mapping[PromptPart, Sequence[Range]] | None = None,
+) -> Prompt:
     """Join the parts as "background, character, action".
 
+    `words`: of each part, the ranges that stand for it in masks, as `noun_ranges` gives them.
     Source: BachVid (arXiv 2510.21696v1), App. C.
     """
     text, spans = "", []
-    for part, words in zip(PARTS, (background, character, action), strict=True):
+    for part, phrase in zip(PARTS, (background, character, action), strict=True):
         text += _SEPARATOR if text else ""
-        spans.append(PromptSpan(part, len(text), len(text) + len(words)))
-        text += words
+        first = len(text)
+        ranges = tuple((first + i, first + j) for i, j in (words or {}).get(part, ()))
+        spans.append(PromptSpan(part, first, first + len(phrase), ranges))
+        text += phrase
     return Prompt(text, tuple(spans))
+
+
+def noun_ranges(phrase: str, nouns: Sequence[str] | None) -> tuple[Range, ...]:
+    """Give where the nouns of a phrase stand; without any given, all but function words.
+
+    Raises ConfigError if there are none.
+    Source: BachVid, review version, App. B: whole phrases fail on Wan, since "the" or "with" get
+    much attention. There a language model names the nouns.
+    """
+    ranges = find_words(nouns, phrase) if nouns else content_words(phrase)
+    if not ranges:
+        raise ConfigError(
+            f"is {shown(phrase)}: none of its words names what is to be seen; use others, list "
+            f"them under the scene's nouns, or set method.mask_words=all"
+        )
+    return ranges
 
 
 def vocabulary_phrase(part: PromptPart, words: str, vocabulary: Vocabulary) -> str:
@@ -111,7 +150,7 @@ class PromptTokenizer:
         return cls(encode, pad_id=pad_id, text_tokens=facts.text_tokens)
 
     def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        """Tokenize a prompt, and share its tokens out among its parts.
+        """Tokenize a prompt, and give each part the tokens of the words that stand for it.
 
         A token belongs to the part that holds its last character that is not a space; one that
         straddles a border, or lies in a separator, belongs to none. Raises ConfigError if the
@@ -126,10 +165,12 @@ class PromptTokenizer:
             )
         rows: dict[PromptPart, tuple[int, ...]] = {}
         for span in prompt.spans:
+            whole = (span.start, span.stop)
             rows[span.part] = tuple(
                 row
                 for row, (token, is_special) in enumerate(zip(ranges, special, strict=True))
-                if not is_special and _lies_in(prompt.text, token, span)
+                if not is_special
+                and any(_lies_in(prompt.text, token, words) for words in span.words or [whole])
             )
             if not rows[span.part]:
                 words = prompt.text[span.start : span.stop]
@@ -140,13 +181,13 @@ class PromptTokenizer:
         return TokenizedPrompt((*ids, *padding), rows, len(ids))
 
 
-def _lies_in(text: str, token: tuple[int, int], span: PromptSpan) -> bool:
+def _lies_in(text: str, token: Range, words: Range) -> bool:
     start, stop = token
     word = text[start:stop]
     # Tokenizers of the Metaspace kind count the space before a word to the word.
     start += len(word) - len(word.lstrip())
     stop -= len(word) - len(word.rstrip())
-    return span.start <= start < stop <= span.stop
+    return words[0] <= start < stop <= words[1]
 
 
 def _load_tokenizer_json(folder: Path) -> tuple[_Encoder, int]:

@@ -11,10 +11,19 @@ import unicodedata
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from bachvid.errors import ConfigError
 from bachvid.strict_yaml import parse_mapping, read_text, shown, validate
+from bachvid.words import find_words
 
 IDENTITY_ID = "identity"  # of the identity video, and so no action's
 NoisePolicy = Literal["same", "independent"]
@@ -89,10 +98,25 @@ class Action(_Part):
         return {**value, "id": slug}
 
 
+class Nouns(_Part):
+    """The words that name the things of a scene. None: all of the part but function words."""
+
+    background: Annotated[tuple[Text, ...], Field(strict=False)] | None = None
+    character: Annotated[tuple[Text, ...], Field(strict=False)] | None = None
+
+    @field_validator("background", "character")
+    @classmethod
+    def _check_some(cls, words: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if words == ():
+            raise ValueError("is empty; name a word, or leave the key out")
+        return words
+
+
 class Scene(_Part):
     """One background and one character in several actions.
 
-    `identity` is the action of the identity video; by default that of the first action.
+    `identity` is the action of the identity video; by default that of the first action. `nouns`
+    serve models whose masks come from nouns only (`method.mask_words`).
     """
 
     id: Annotated[str, AfterValidator(_check_id)]
@@ -100,6 +124,7 @@ class Scene(_Part):
     character: Text
     identity: Text
     actions: Annotated[tuple[Action, ...], Field(strict=False)]
+    nouns: Nouns = Nouns()
 
     @model_validator(mode="before")
     @classmethod
@@ -116,6 +141,18 @@ class Scene(_Part):
     def _check_actions(cls, actions: tuple[Action, ...]) -> tuple[Action, ...]:
         _check_ids("scene", "action", [action.id for action in actions])
         return actions
+
+    @field_validator("nouns")
+    @classmethod
+    def _check_nouns(cls, nouns: Nouns, info: ValidationInfo) -> Nouns:
+        for part, words in (("background", nouns.background), ("character", nouns.character)):
+            for word in words or ():
+                # A text that is itself wrong is not there, and is reported.
+                if part in info.data and not find_words([word], info.data[part]):
+                    raise ValueError(
+                        f"{part} has {shown(word)}, which is no word of {shown(info.data[part])}"
+                    )
+        return nouns
 
 
 class Story(_Part):

@@ -55,7 +55,7 @@ BAD_STORIES: dict[str, tuple[str, str]] = {
         .replace("id: coast", "id: coast\n  mood: sad"),
         "STORY: scenes[0].background: is empty; write what is to be seen\n"
         "STORY: scenes[0].mood: unknown key. Known here: id, background, character, "
-        "identity, actions.\n"
+        "identity, actions, nouns.\n"
         'STORY: sed: unknown key. Did you mean "seed"?',
     ),
 }
@@ -270,7 +270,7 @@ BAD_CONFIGS: dict[str, tuple[str, str]] = {
     "list": (
         "- a\n",
         "CONFIG: is ['a']; it must be a mapping with the keys model, video, sampling, "
-        "method, output, cache, cluster",
+        "method, output, cache, cluster, parallel",
     ),
     "unknown section": (
         "modle: {id: storybook}\n",
@@ -420,10 +420,9 @@ BAD_OVERRIDES: dict[str, str] = {
     "method=fast": (
         "--set method=fast: method is a section; set one of method.branches, "
         "method.inject_steps, method.mask_layers, method.mask_softmax, method.mask_step, "
-        "method.mask_words, method.match_layers, method.match_threshold, method.match_within, method.morphology, "
-        "method.name, method.on_empty_mask, method.pre_pass_injection, "
-        "method.pre_passes, method.profile, "
-        "method.vital_layers"
+        "method.mask_words, method.match_layers, method.match_threshold, method.match_within, "
+        "method.morphology, method.name, method.on_empty_mask, method.pre_pass_injection, "
+        "method.pre_passes, method.profile, method.vital_layers"
     ),
     "method.profle=fast": (
         "--set method.profle=fast: unknown key 'method.profle'. Did you mean \"method.profile\"?"
