@@ -5,6 +5,10 @@ Stages, in order: `clips` (render the world once), `vae`, `latents` (encode it o
 DIR/log.jsonl, and depends only on its seed and its number of steps, not on the clock; `--minutes`
 ends a call early, at a checkpoint. `shipped` makes first checkpoints of the weights in the package,
 to train them on: then `latents` and `transformer` follow `clips`.
+
+With `--family wan` a stage is that of the second embedded model. It shares the clips, and the
+latents of the first model's autoencoder, which its own learns: its stages, `vae` and `transformer`,
+follow `latents`.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ from typing import Literal, get_args
 import click
 import torch
 from diffusers import AutoencoderKLCogVideoX
-from safetensors.torch import save_model
+from safetensors.torch import load_model, save_model
+from torch import nn
 
 from bachvid.storybook import model as storybook
 from bachvid.storybook import train_wan, wan
@@ -27,6 +32,7 @@ from bachvid.storybook.train_transformer import (
     Latents,
     Prompts,
     TextToVideo,
+    Trainee,
     cogvideox_noised,
     encode_clips,
     train_transformer,
@@ -44,6 +50,10 @@ Family = Literal["cogvideox", "wan"]
 _of_family = click.option(
     "--family", type=click.Choice(get_args(Family)), default="cogvideox", show_default=True
 )
+
+
+def _text_to_video(family: Family) -> Trainee:
+    return TextToVideo() if family == "cogvideox" else WanTextToVideo()
 
 
 def _stage(name: str, family: Family) -> str:
@@ -107,16 +117,24 @@ def vae(settings: Settings, steps: int, family: Family) -> None:
 
 
 @main.command()
+@_of_family
 @click.pass_obj
-def shipped(settings: Settings) -> None:
+def shipped(settings: Settings, family: Family) -> None:
     """Begin with the shipped autoencoder and transformer, at step 0 and without momentum."""
-    paths = [settings.work / f"{stage}.pt" for stage in ("vae", "transformer")]
+    paths = [settings.work / f"{_stage(name, family)}.pt" for name in ("vae", "transformer")]
     if found := [path for path in paths if path.exists()]:
         raise click.ClickException(f"{found[0]} exists: give a new folder as --work")
-    autoencoder = AutoencoderKLCogVideoX.from_pretrained(
-        storybook.WEIGHTS, subfolder="vae", torch_dtype=torch.float32
-    )
-    text_to_video = TextToVideo.shipped()
+    autoencoder: nn.Module = storybook.build_vae() if family == "cogvideox" else wan.build_vae()
+    text_to_video = _text_to_video(family)
+    parts = {
+        "vae": autoencoder,
+        "transformer": text_to_video.transformer,
+        "text_encoder": text_to_video.text_encoder,
+    }
+    folder = storybook.WEIGHTS if family == "cogvideox" else wan.WEIGHTS
+    for name, part in parts.items():
+        (file,) = (folder / name).glob("*.safetensors")
+        load_model(part, str(file))  # copies float16 into float32
     for path, module in zip(paths, (autoencoder, text_to_video), strict=True):
         state = module.state_dict()
         torch.save({"module": state, "average": state, "optimizers": None, "step": 0}, path)
@@ -149,10 +167,9 @@ def transformer(
     scale = float(1 / worlds["varied"].latent.std())
     scaled = {name: replace(world, latent=world.latent * scale) for name, world in worlds.items()}
     torch.manual_seed(settings.seed)
-    model = TextToVideo() if family == "cogvideox" else WanTextToVideo()
     train_transformer(
         _stage("transformer", family),
-        model,
+        _text_to_video(family),
         cogvideox_noised if family == "cogvideox" else flow,
         Prompts() if family == "cogvideox" else Prompts(train_wan.UNMARKED),
         lambda step: scaled["easy" if step < easy_steps else "varied"],

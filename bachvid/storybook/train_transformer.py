@@ -8,11 +8,10 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from torch import Tensor, nn
-from transformers import T5EncoderModel
 
 from bachvid.storybook import model as storybook
 from bachvid.storybook.training import Clips, Settings, Trainer, to_video, warm_then_decay
@@ -60,8 +59,8 @@ class KeepsTextLogits(Protocol):
     text_logits: Tensor | None  # [B, heads, video tokens, text tokens]
 
 
-class Trainee(Protocol):
-    """A transformer with its text encoder, of any family."""
+class Trainee(nn.Module):
+    """A transformer with its text encoder, of any family, trained together."""
 
     transformer: nn.Module
     text_encoder: nn.Module
@@ -69,8 +68,9 @@ class Trainee(Protocol):
     text_projection: nn.Module
     processors: Sequence[KeepsTextLogits]
 
-    def __call__(self, latent: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
-        """Predict from noised latents [B, F, C, h, w] what `Noised` says."""
+    def forward(self, latent: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
+        """Predict what `Noised` says, from noised latents [B, F, C, h, w]."""
+        raise NotImplementedError
 
 
 Noised = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -112,44 +112,30 @@ class AuxiliaryProcessor:
         return out[:, text:], out[:, :text]
 
 
-class TextToVideo(nn.Module):
-    """The transformer with its text encoder, trained together."""
+class TextToVideo(Trainee):
+    """Of the first model: CogVideoX and T5."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.transformer = storybook.build_transformer()
+        transformer = storybook.build_transformer()
+        self.transformer = transformer
         tokenizer = storybook.build_tokenizer()
         self.text_encoder = storybook.build_text_encoder(len(tokenizer))
-        self.blocks = self.transformer.transformer_blocks
-        self.text_projection = self.transformer.patch_embed.text_proj
+        self.blocks = transformer.transformer_blocks
+        self.text_projection = transformer.patch_embed.text_proj
         self.processors = [
             AuxiliaryProcessor(layer in MASK_LAYERS) for layer in range(storybook.NUM_LAYERS)
         ]
-        for block, processor in zip(self.blocks, self.processors, strict=True):
+        for block, processor in zip(transformer.transformer_blocks, self.processors, strict=True):
             block.attn1.set_processor(processor)
         cos, sin = get_3d_rotary_pos_embed(
-            embed_dim=self.transformer.config.attention_head_dim,
+            embed_dim=transformer.config.attention_head_dim,
             crops_coords=((0, 0), (storybook.LATENT_SIZE, storybook.LATENT_SIZE)),
             grid_size=(storybook.LATENT_SIZE, storybook.LATENT_SIZE),
             temporal_size=storybook.LATENT_FRAMES,
         )
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-
-    @classmethod
-    def shipped(cls) -> TextToVideo:
-        """Return the parts that lie in the package, in float32."""
-        model = cls()
-        parts: dict[str, type[CogVideoXTransformer3DModel | T5EncoderModel]] = {
-            "transformer": CogVideoXTransformer3DModel,
-            "text_encoder": T5EncoderModel,
-        }
-        for name, kind in parts.items():
-            part = kind.from_pretrained(
-                storybook.WEIGHTS, subfolder=name, torch_dtype=torch.float32
-            )
-            getattr(model, name).load_state_dict(part.state_dict())
-        return model
 
     def forward(self, latent: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
         """Predict v [B, F, C, h, w] of noised latents."""
@@ -304,7 +290,6 @@ def train_transformer(
     decay_steps: int,
 ) -> bool:
     """Train transformer and text encoder. `latents` gives the clips to learn from at a step."""
-    assert isinstance(model, nn.Module)
     trainer = Trainer(settings, stage, model.to(settings.device), build_optimizers(model))
     for block in model.blocks:
         block.compile()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 from bachvid.storybook import model as storybook
 from bachvid.storybook import wan
-from bachvid.storybook.train_transformer import MASK_LAYERS
+from bachvid.storybook.train_transformer import MASK_LAYERS, Trainee
 from bachvid.storybook.training import Clips, Settings, Trainer, to_video, warm_then_decay
 
 UNMARKED = frozenset({"a", "in", "with"})  # words that no mask of this family averages over
@@ -45,25 +45,30 @@ class CrossAttention:
         return projected
 
 
-class WanTextToVideo(nn.Module):
-    """The transformer with its text encoder, trained together."""
+class WanTextToVideo(Trainee):
+    """Of the second model: Wan and UMT5."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.transformer = wan.build_transformer()
+        transformer = wan.build_transformer()
+        self.transformer = transformer
         self.text_encoder = wan.build_text_encoder(len(storybook.build_tokenizer()))
-        self.blocks = self.transformer.blocks
-        self.text_projection = self.transformer.condition_embedder.text_embedder
+        self.blocks = transformer.blocks
+        self.text_projection = transformer.condition_embedder.text_embedder
         self.processors = [CrossAttention() for _ in MASK_LAYERS]
         for layer, processor in zip(MASK_LAYERS, self.processors, strict=True):
-            self.blocks[layer].attn2.set_processor(processor)
+            transformer.blocks[layer].attn2.set_processor(processor)
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Return the embeddings [B, T, C] of tokens [B, T]: zero where padding is."""
+        is_text = ids != storybook.PAD_ID
+        embeds: Tensor = self.text_encoder(ids, is_text.long())[0]
+        return embeds * is_text[:, :, None]
 
     def forward(self, latent: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
         """Predict the flow [B, F, C, h, w] of noised latents."""
-        is_text = ids != storybook.PAD_ID
-        text = self.text_encoder(ids, is_text.long())[0] * is_text[:, :, None]
         prediction: Tensor = self.transformer(
-            latent.transpose(1, 2), timestep, text, return_dict=False
+            latent.transpose(1, 2), timestep, self.encode(ids), return_dict=False
         )[0]
         return prediction.transpose(1, 2)
 

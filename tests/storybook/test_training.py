@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bachvid.storybook import model as storybook
+from bachvid.storybook import train_wan, wan
 from bachvid.storybook.judge import QUESTIONS, JudgeNetwork
 from bachvid.storybook.train import main
 from bachvid.storybook.train_judge import measure_judge, train_judge
@@ -17,6 +18,7 @@ from bachvid.storybook.train_transformer import (
     Latents,
     Prompts,
     TextToVideo,
+    cogvideox_noised,
     encode_clips,
     pool_to_tokens,
     swapped_losses,
@@ -110,6 +112,64 @@ def test_prompts_know_their_parts() -> None:
     assert ids[0] == 1  # </s>, then padding
 
 
+def train_cogvideox(latents: Latents, settings: Settings, steps: int) -> bool:
+    return train_transformer(
+        "transformer",
+        TextToVideo(),
+        cogvideox_noised,
+        Prompts(),
+        lambda step: latents,
+        settings,
+        steps=steps,
+        decay_steps=1,
+    )
+
+
+def test_prompts_may_leave_words_unmarked() -> None:
+    _, spans = Prompts(train_wan.UNMARKED).encode((5, 0, 3))
+    assert spans.sum(1).tolist() == [3, 3]  # rocky coast lighthouse; girl yellow dress
+
+
+def test_the_wan_family_learns_the_same_latents_and_prompts(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    clips = render_clips(0, 4, "varied", workers=1)
+    latents = encode_clips(storybook.build_vae(), clips, "cpu")
+    assert train_wan.train_vae(clips, latents.latent, settings, steps=2)
+    vae = wan.build_vae()
+    assert vae.decode(latents.latent[:1].transpose(1, 2)).sample.shape == (1, 3, 5, 48, 48)
+    before = train_wan.WanTextToVideo().state_dict()
+    with torch.compiler.set_stance("force_eager"):
+        assert train_transformer(
+            "transformer-wan",
+            train_wan.WanTextToVideo(),
+            train_wan.flow,
+            Prompts(train_wan.UNMARKED),
+            lambda step: latents,
+            settings,
+            steps=2,
+            decay_steps=1,
+        )
+    trained = torch.load(tmp_path / "transformer-wan.pt", weights_only=True)["module"]
+    assert any((trained[name] != before[name]).any() for name in before)
+
+
+def test_padding_of_a_prompt_changes_nothing_in_the_wan_family() -> None:
+    model = train_wan.WanTextToVideo().eval()
+    ids, _ = Prompts().encode((0, 0, 0))
+    with torch.no_grad():
+        text = model.encode(ids[None])
+        longer = model.encode(torch.cat([ids, torch.zeros(5, dtype=torch.int64)])[None])
+    torch.testing.assert_close(longer[:, : len(ids)], text)
+    assert not longer[:, int((ids != 0).sum()) :].any()
+
+
+def test_flow_goes_straight_from_the_clip_to_the_noise() -> None:
+    clean, noise = torch.zeros(2, 1, 1, 1, 1), torch.ones(2, 1, 1, 1, 1)
+    noisy, target = train_wan.flow(clean, torch.tensor([250, 1000]), noise)
+    assert noisy.flatten().tolist() == [0.25, 1.0]
+    assert target.flatten().tolist() == [1.0, 1.0]
+
+
 def test_every_stage_trains_on_two_clips(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     clips = render_clips(0, 4, "varied", workers=1)
@@ -119,13 +179,11 @@ def test_every_stage_trains_on_two_clips(tmp_path: Path) -> None:
     assert isinstance(latents, Latents)
     assert latents.latent.shape == (4, 3, storybook.LATENT_CHANNELS, 12, 12)
     before = TextToVideo().state_dict()
-    rises = swapped_losses(
-        TextToVideo(), latents, Prompts(), lambda clean, t, noise: (noise, clean)
-    )
+    rises = swapped_losses(TextToVideo(), latents, Prompts(), cogvideox_noised, "cpu")
     assert rises["right"] > 0
     assert rises["action"] == 0  # untrained: nothing comes out yet, whatever the prompt
     with torch.compiler.set_stance("force_eager"):  # compiling takes longer than the test
-        assert train_transformer(lambda step: latents, settings, steps=2, decay_steps=1)
+        assert train_cogvideox(latents, settings, steps=2)
     trained = torch.load(tmp_path / "transformer.pt", weights_only=True)["module"]
     assert any((trained[name] != before[name]).any() for name in before)
     few = Clips(clips.frames, clips.mask, clips.labels)
@@ -159,7 +217,7 @@ def test_shipped_weights_can_be_trained_on(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     latents = encode_clips(storybook.build_vae(), render_clips(0, 4, "varied", workers=1), "cpu")
     with torch.compiler.set_stance("force_eager"):
-        assert train_transformer(lambda step: latents, settings, steps=1, decay_steps=1)
+        assert train_cogvideox(latents, settings, steps=1)
     again = CliRunner().invoke(main, ["--work", str(tmp_path), "shipped"])
     assert (again.exit_code, again.output) == (
         1,
