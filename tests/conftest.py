@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Punctuation, Sequence, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from bachvid.profiles import wan_profiles
 
 TEXT_TOKENS = 16
 PIXEL_FRAMES, HEIGHT, WIDTH = 5, 32, 48
@@ -40,6 +53,12 @@ def tiny_cogvideox_2b_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_cogvideox(tmp_path_factory.mktemp("tiny_cogvideox_2b"), has_rope=False)
 
 
+@pytest.fixture(scope="session")
+def tiny_wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder like Wan2.1's: 3 layers, 6 heads x 12, 72 video tokens."""
+    return save_tiny_wan(tmp_path_factory.mktemp("tiny_wan"))
+
+
 def save_tiny_cogvideox(folder: Path, *, has_rope: bool) -> Path:
     """Save random weights, the same at every call, in the layout of a Hub repository."""
     with torch.random.fork_rng(devices=[]):
@@ -58,6 +77,74 @@ def save_tiny_cogvideox(folder: Path, *, has_rope: bool) -> Path:
             ),
         ).save_pretrained(folder)
     return folder
+
+
+def save_tiny_wan(folder: Path) -> Path:
+    """Save random weights, the same at every call, and a `storybook.json` for short prompts."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        WanPipeline(
+            tokenizer=build_tokenizer(),
+            text_encoder=UMT5EncoderModel(
+                UMT5Config(
+                    vocab_size=len(VOCABULARY),
+                    d_model=16,
+                    d_kv=8,
+                    d_ff=32,
+                    num_layers=2,
+                    num_heads=2,
+                )
+            ).eval(),
+            vae=AutoencoderKLWan(
+                base_dim=8,
+                z_dim=4,
+                dim_mult=[1, 1, 1],
+                num_res_blocks=1,
+                temperal_downsample=[False, True],
+                latents_mean=[0.1, -0.2, 0.3, 0.0],
+                latents_std=[1.5, 0.8, 2.0, 1.2],
+                scale_factor_temporal=2,
+                scale_factor_spatial=4,
+            ).eval(),
+            transformer=build_wan_transformer(),
+            scheduler=UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+            ),
+        ).save_pretrained(folder)
+    own = {
+        "text_tokens": TEXT_TOKENS,
+        "defaults": {
+            "pixel_frames": PIXEL_FRAMES,
+            "height": HEIGHT,
+            "width": WIDTH,
+            "fps": 8,
+            "num_steps": 4,
+            "guidance_scale": 3.0,
+            "scheduler": "unipc",
+            "dtype": "float32",
+            "noise": "same",
+        },
+        "profiles": {
+            name: profile.model_dump(mode="json") for name, profile in wan_profiles(3).items()
+        },
+    }
+    (folder / "storybook.json").write_text(json.dumps(own))
+    return folder
+
+
+def build_wan_transformer() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=6,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=3,
+        rope_max_seq_len=32,
+    ).eval()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
