@@ -1,0 +1,221 @@
+"""What a rank of a gang does in the tests, and how gangs of processes are started."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from bachvid.actors import FrameVideoActor, IdentityVideoActor, ModelWorker, RenderedVideo
+from bachvid.attention import ALONE, AttentionControl, SequenceGroup
+from bachvid.cache import IdentityCache, MemoryKVStore
+from bachvid.config import RenderConfig
+from bachvid.events import PreviewFrames
+from bachvid.gangs import Gang, overlapping
+from bachvid.kv_packing import PackedStep
+from bachvid.kv_stores import PulledKVStore
+from bachvid.parallel import join_group
+from bachvid.plan import RenderPlan, render_plan
+from bachvid.sampling import denoise
+from bachvid.story import Story
+
+STORY = Story.model_validate(
+    {
+        "title": "One scene",
+        "seed": 1,
+        "scenes": [
+            {
+                "id": "forest",
+                "background": "a snowy forest",
+                "character": "a girl with a yellow coat",
+                "actions": ["jumps"],
+            }
+        ],
+    }
+)
+
+Blocks = dict[int, PackedStep]  # of one rank, by step
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a gang has recorded: the blocks of each rank, and the cache without a store."""
+
+    gang: Gang
+    blocks: tuple[Blocks, ...]
+    cache: IdentityCache
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a rank saw of one model. Only rank 0 has videos and previews."""
+
+    plain: NDArray[np.float32]  # latents
+    identity: RenderedVideo | None
+    cache: IdentityCache
+    frames: Mapping[str, RenderedVideo | None]  # by who wrote the keys and values
+    num_previews: int
+    made_with: Mapping[str, str]
+
+
+def name_of(gang: Gang) -> str:
+    return f"{gang.sequence}x{gang.cfg}"
+
+
+def show(
+    group: SequenceGroup,
+    gang: Gang,
+    overrides: Sequence[str],
+    folder: Path,
+    readable: Sequence[str],
+) -> Shown:
+    """Render a video plainly, an identity video, and frame videos from what gangs recorded.
+
+    What this gang records is left in `folder`, where the `readable` lie, under the gang's name.
+    """
+    plan = render_plan(STORY, RenderConfig.from_yaml(None, list(overrides)))
+    worker = ModelWorker(plan.config, plan.facts, group)
+    scene = plan.scenes[0]
+    worker.encode([video.prompt for video in scene.videos])
+    plain = plain_latents(worker, plan)
+
+    packer, blocks = worker.new_packer(), Blocks()
+    steps = [range(plan.config.sampling.num_steps)]
+    run = IdentityVideoActor(worker).render("forest", scene.identity, packer, records=steps)
+    previews = 0
+    while True:
+        try:
+            item = next(run)
+        except StopIteration as end:
+            identity = end.value
+            break
+        if isinstance(item, IdentityCache):
+            cache = replace(item, store=MemoryKVStore())
+        elif isinstance(item, PreviewFrames):
+            previews += 1
+        elif packed := packer.take(item.step):
+            blocks[item.step] = pickle.loads(pickle.dumps(packed))
+    name = name_of(gang)
+    write(folder / name, gang, group, blocks, cache)
+    frames = {writer: frame(worker, plan, folder / writer) for writer in (name, *readable)}
+    return Shown(plain, identity, cache, frames, previews, worker.made_with)
+
+
+def plain_latents(worker: ModelWorker, plan: RenderPlan) -> NDArray[np.float32]:
+    video = plan.scenes[0].identity
+    for done in denoise(
+        worker.model,
+        worker.new_run(),
+        prompt_embeds=worker.embeds[video.prompt.text],
+        negative_embeds=worker.embeds[""],
+        noise=worker.model.initial_noise(video.seed, plan.config.video),
+        noise_seed=video.seed,
+        sampling=plan.config.sampling,
+        control=AttentionControl(),
+    ):
+        latents = done.latents
+    return latents.numpy()
+
+
+def write(
+    path: Path, gang: Gang, group: SequenceGroup, blocks: Blocks, cache: IdentityCache
+) -> None:
+    """Let every rank write its blocks, and wait until all of them have."""
+    rank = group.cfg_rank * group.size + group.rank
+    path.with_name(f"{path.name}.{rank}").write_bytes(pickle.dumps(Written(gang, (blocks,), cache)))
+    if gang.size > 1:
+        dist.barrier()
+
+
+def read(path: Path) -> Written:
+    ranks = [pickle.loads(file.read_bytes()) for file in sorted(path.parent.glob(f"{path.name}.*"))]
+    assert len(ranks) == ranks[0].gang.size
+    return replace(ranks[0], blocks=tuple(rank.blocks[0] for rank in ranks))
+
+
+def frame(worker: ModelWorker, plan: RenderPlan, path: Path) -> RenderedVideo | None:
+    """Render a frame video from the blocks that this rank needs, as `overlapping` names them."""
+    written, facts = read(path), worker.facts
+    cache = written.cache
+    needed = overlapping(worker.share, written.gang.shares(facts.num_heads), cache.branches)
+    store = PulledKVStore(
+        lambda run, step: [written.blocks[rank][step] for rank in needed],
+        share=worker.share,
+        layers=cache.layers,
+        branches=cache.branches,
+        passes=facts.passes,
+        config_hash=cache.config_hash,
+        nbytes=0,
+    )
+    run = FrameVideoActor(worker).render(
+        "forest", plan.scenes[0].frames[0], lambda: replace(cache, store=store)
+    )
+    try:
+        while True:
+            next(run)
+    except StopIteration as end:
+        rendered: RenderedVideo | None = end.value
+        return rendered
+    finally:
+        store.close()
+
+
+@contextmanager
+def joined(gang: Gang, rank: int, meeting: Path) -> Iterator[SequenceGroup]:
+    if gang.size == 1:
+        yield ALONE
+        return
+    group = join_group(gang, rank, device=torch.device("cpu"), init_file=meeting)
+    yield group
+    group.close()
+
+
+def work(gang: Gang, rank: int, meeting: Path, answer: Connection, jobs: Sequence[object]) -> None:
+    """Answer with what `show` gives for each of the jobs, or with what went wrong."""
+    torch.set_num_threads(1)
+    try:
+        with joined(gang, rank, meeting) as group:
+            answer.send_bytes(pickle.dumps([show(group, gang, *job) for job in jobs]))
+    except BaseException:
+        answer.send_bytes(pickle.dumps(traceback.format_exc()))
+        raise
+
+
+def run_gang(gang: Gang, folder: Path, jobs: Sequence[object]) -> list[list[Shown]]:
+    """Run the jobs in one process for each rank; give the answers of each."""
+    # One process imports the libraries, the ranks are forks of it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["bachvid.actors", "bachvid.models.cogvideox", "bachvid.models.wan"]
+    )
+    pipes, processes = [], []
+    for rank in range(gang.size):
+        ours, theirs = context.Pipe(duplex=False)
+        meeting = folder / f"meeting-{name_of(gang)}"
+        process = context.Process(target=work, args=(gang, rank, meeting, theirs, jobs))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        answers = []
+        for ours in pipes:
+            assert ours.poll(120), "a rank does not answer"
+            answers.append(pickle.loads(ours.recv_bytes()))  # torch would send file handles
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    errors = [answer for answer in answers if isinstance(answer, str)]
+    assert not errors, "\n".join(errors)
+    return answers
