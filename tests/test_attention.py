@@ -15,6 +15,7 @@ from bachvid.attention import (
     RunContext,
     attend,
     controlled_attention,
+    controlled_cross_attention,
 )
 from bachvid.errors import LayoutError
 from bachvid.tokens import TokenLayout
@@ -247,3 +248,24 @@ def test_a_single_branch_is_the_whole_batch() -> None:
     spy, qkv = Spy({}), random_qkv(12, batch=2)
     controlled_attention(run, spy, 0, qkv)
     assert torch.equal(spy.queries["cond"], qkv.query_BSHD)
+
+
+def test_attention_to_the_text_is_plain_and_shown_to_the_control_by_branch() -> None:
+    class Watcher(AttentionControl):
+        def __init__(self) -> None:
+            self.seen: dict[AttentionSite, tuple[Tensor, Tensor]] = {}
+
+        def cross(self, site: AttentionSite, query_BSHD: Tensor, key_BTHD: Tensor) -> None:
+            self.seen[site] = query_BSHD, key_BTHD
+
+    run, watcher = RunContext(LAYOUT, rotary_of(LAYOUT), step=2), Watcher()
+    query, key, value = random_qkv(13, batch=2)
+    query, key, value = query[:, LAYOUT.video_rows], key[:, :7], value[:, :7]
+    out_BSC = controlled_cross_attention(run, watcher, 5, query, key, value)
+    heads = [x.transpose(1, 2) for x in (query, key, value)]
+    expected = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    assert torch.equal(out_BSC, expected)
+    for i, branch in enumerate(("uncond", "cond")):
+        shown = watcher.seen[AttentionSite(2, 5, branch)]
+        assert torch.equal(shown[0], query[i : i + 1])
+        assert torch.equal(shown[1], key[i : i + 1])

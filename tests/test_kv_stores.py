@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bachvid.attention import AttentionSite
 from bachvid.cache import KVShard
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
-from bachvid.gangs import Branch, RankShare
+from bachvid.gangs import BRANCHES, Branch, Gang, RankShare, overlapping
 from bachvid.kv_packing import PackedStep, StepPacker, sites_of
 from bachvid.kv_stores import PulledKVStore
 
@@ -236,6 +236,117 @@ def test_a_step_of_another_identity_video_is_refused(change: dict[str, object]) 
 
 def _fields(packed: PackedStep) -> dict[str, object]:
     return {name: getattr(packed.header, name) for name in type(packed.header).__slots__}
+
+
+GANGS = [Gang(), Gang(2), Gang(3), Gang(6), Gang(2, cfg=2), Gang(4, cfg=2), Gang(12, cfg=2)]
+
+
+def written_by(
+    gang: Gang, branches: tuple[Branch, ...], dtype: torch.dtype
+) -> tuple[dict[AttentionSite, KVShard], list[PackedStep | None]]:
+    """Give the shards of all 6 heads of a step, and the block of each rank of a gang."""
+    shards = {}
+    for site in sites_of(0, LAYERS, branches):
+        whole = [shard_of(site._replace(step=half), dtype) for half in range(2)]
+        key, value = (
+            torch.cat([getattr(shard, name) for shard in whole], dim=2)
+            for name in ("key_BMHD", "value_BMHD")
+        )
+        shards[site] = KVShard(site, key, value)
+    blocks = []
+    for share in gang.shares(6):
+        packer = StepPacker(share=share, layers=LAYERS, branches=branches, config_hash=CONFIG)
+        heads = slice(share.first_head, share.last_head)
+        for site, shard in shards.items():
+            if site.branch in share.branches:
+                key, value = shard.key_BMHD[:, :, heads], shard.value_BMHD[:, :, heads]
+                packer.put(KVShard(site, key, value))
+        blocks.append(packer.take(0))
+    return shards, blocks
+
+
+@pytest.mark.parametrize("passes", [BATCHED, APART])
+@pytest.mark.parametrize("branches", [("cond",), BOTH])
+@pytest.mark.parametrize("writers", GANGS, ids=str)
+@pytest.mark.parametrize("readers", GANGS, ids=str)
+def test_every_rank_reads_its_branches_and_heads_whoever_wrote_them(
+    readers: Gang,
+    writers: Gang,
+    branches: tuple[Branch, ...],
+    passes: tuple[tuple[Branch, ...], ...],
+) -> None:
+    shards, blocks = written_by(writers, branches, torch.bfloat16)
+    for share in readers.shares(6):
+        needed = overlapping(share, writers.shares(6), branches)
+        packs = [sent(packed) for rank in needed if (packed := blocks[rank])]
+        assert len(packs) == len(needed)
+        fetched = packs[::-1]  # in any order
+        store = PulledKVStore(
+            lambda run, step, fetched=fetched: fetched,
+            share=share,
+            layers=LAYERS,
+            branches=branches,
+            passes=passes,
+            config_hash=CONFIG,
+            nbytes=0,
+        )
+        store.begin((0,))
+        read = [
+            AttentionSite(0, layer, branch)
+            for together in passes
+            for layer in LAYERS
+            for branch in together
+            if branch in branches and branch in share.branches
+        ]
+        heads = slice(share.first_head, share.last_head)
+        for site in read:
+            shard = store.get(site)
+            assert torch.equal(shard.key_BMHD, shards[site].key_BMHD[:, :, heads])
+            assert torch.equal(shard.value_BMHD, shards[site].value_BMHD[:, :, heads])
+        with pytest.raises(CacheMissError, match="nothing is next"):
+            store.get(AttentionSite(0, 1, "cond"))
+        store.close()
+
+
+@pytest.mark.parametrize("kept", [[0], [0, 1, 1], []], ids=["one lacks", "one twice", "none"])
+def test_a_step_that_lacks_heads_or_has_them_twice_is_refused(kept: list[int]) -> None:
+    _, blocks = written_by(Gang(2), BRANCHES, torch.float32)
+    store = PulledKVStore(
+        lambda run, step: [blocks[rank] for rank in kept],
+        share=RankShare(BRANCHES, 0, 6),
+        layers=LAYERS,
+        branches=BRANCHES,
+        passes=BATCHED,
+        config_hash=CONFIG,
+        nbytes=0,
+    )
+    store.begin((0,))
+    with pytest.raises(CacheMissError, match=r"of step 0, branch uncond, came the heads \["):
+        store.get(AttentionSite(0, 1, "uncond"))
+    store.close()
+
+
+@pytest.mark.parametrize("position", [0, 900, 3000])
+def test_a_changed_byte_is_found_also_where_some_heads_are_read(position: int) -> None:
+    shards, blocks = written_by(Gang(2), BRANCHES, torch.float32)
+    share = RankShare(BRANCHES, 2, 2)  # one head of each block
+    whole = [packed for packed in blocks if packed]
+    bad = [damage(whole[0], position, 1), whole[1]]
+    given = [bad, whole]
+    store = PulledKVStore(
+        lambda run, step: given.pop(0),
+        share=share,
+        layers=LAYERS,
+        branches=BRANCHES,
+        passes=BATCHED,
+        config_hash=CONFIG,
+        nbytes=0,
+    )
+    store.begin((0,))
+    for site in sites_of(0, LAYERS, BRANCHES):
+        assert torch.equal(store.get(site).key_BMHD, shards[site].key_BMHD[:, :, 2:4])
+    assert not given
+    store.close()
 
 
 @settings(max_examples=60, deadline=None)

@@ -29,3 +29,16 @@ def test_a_model_without_text_in_its_attention_has_no_text_rows() -> None:
 def test_an_empty_grid_is_refused(sizes: tuple[int, int, int, int]) -> None:
     with pytest.raises(LayoutError, match="must be at least 0, latent frames"):
         TokenLayout(*sizes)
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_ranks_have_equal_chunks_that_make_up_the_video(size: int) -> None:
+    layout = TokenLayout(text_tokens=3, latent_frames=2, grid_height=1, grid_width=5)
+    chunks = [layout.rank_positions(rank, size) for rank in range(size)]
+    positions = list(range(10))
+    assert [i for chunk in chunks for i in positions[chunk]] == positions
+    assert max(chunk.stop - chunk.start for chunk in chunks) == layout.rank_tokens(size)
+    assert all(
+        len(positions[chunk]) == layout.rank_tokens(size)
+        for chunk in chunks[: 10 // -(-10 // size)]
+    )
