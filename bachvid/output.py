@@ -135,7 +135,9 @@ def write_files(
             path, video=video, frames=frames, foreground=foreground
         ),
         "match_overlay": write_match,
-        "frames": lambda path: _write_arrays(path, frames=frames, foreground=foreground),
+        "frames": lambda path: _write_arrays(
+            path, frames=frames, foreground=foreground, latents=rendered.latents
+        ),
     }
     return {path: write_atomically(path, writers[kind]) for kind, path in files.items()}
 

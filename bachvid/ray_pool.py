@@ -4,6 +4,9 @@ The driver's process owns all that workers publish: keys and values are items of
 generator, so they outlive the worker that made them (what an actor itself puts into the store
 dies with it). Only public Ray calls. What Ray raises becomes a message or one of our errors.
 
+A gang whose ranks do not all go on is killed and started anew: the others wait for it inside the
+model, where nothing can end them.
+
 Longer than most files: placing, feeding and losing workers are one state machine.
 """
 
@@ -11,26 +14,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
-)
+from ray.util.placement_group import placement_group_table
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bachvid.cluster import ExecutionPlan
 from bachvid.config import RenderConfig, read_steps
 from bachvid.errors import BachvidError, WorkerError
+from bachvid.gangs import BRANCHES, overlapping
 from bachvid.plan import RenderPlan
 from bachvid.pool import (
     Broken,
@@ -45,47 +41,16 @@ from bachvid.pool import (
 )
 from bachvid.prompts import Prompt
 from bachvid.publication import Publication
-from bachvid.ray_worker import Note, RayWorker
-from bachvid.schedule import Slot
+from bachvid.ray_gang import GangWorker, Place, Rank, Stream
+from bachvid.ray_worker import Note
+from bachvid.schedule import Kind, Slot
 
 logger = logging.getLogger(__name__)
 
-# Never started again by Ray: a worker that comes back has no model and no job.
-_remote: Any = ray.remote  # its types do not know concurrency groups
-_ACTOR = _remote(concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0)(RayWorker)
 _POLL_SECONDS = 0.2  # how long a cancelled render may take to notice
 _MOST_LOSSES_IN_A_ROW = 10  # of workers, before somebody must look at it
 
-
-@dataclass(slots=True)
-class _Stream:
-    """A job on its worker. `follows` announces that the next item is no note; `published` was one.
-
-    The last item of a stream that is cut short is an error, also where it was announced as more.
-    """
-
-    number: int
-    job: Job
-    items: Iterator[ray.ObjectRef[Any]]
-    follows: Note | None = None
-    published: ray.ObjectRef[Any] | None = None
-    is_aborted: bool = False
-    credit: int = 0
-
-
-@dataclass(slots=True)
-class _Worker:
-    """An actor. `starting` is the call that is awaited while it is placed, then loads."""
-
-    id: int
-    actor: Any
-    strategy: Any
-    starting: ray.ObjectRef[Any] | None
-    since: float
-    node: str = ""
-    pid: int = 0
-    made_with: Mapping[str, str] | None = None
-    stream: _Stream | None = None
+Refs = Mapping[int, ray.ObjectRef[Any]]  # of one part, by the rank that published it
 
 
 @dataclass(slots=True)
@@ -95,7 +60,7 @@ class _Scene:
     `identity` is the number of the job that publishes it, or was the last one to do so.
     """
 
-    publication: Publication[int, ray.ObjectRef[Any]]
+    publication: Publication[int, Refs]
     cache: ray.ObjectRef[Any] | None = None
     identity: int = -1
 
@@ -115,32 +80,59 @@ class RayPool:
         self._plan, self._execution = plan, execution
         self._reads = read_steps(plan.config.method)
         self._settings = plan.config.cluster
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, GangWorker] = {}
         self._scenes: dict[str, _Scene] = {}
         self._embeds: dict[str, ray.ObjectRef[Any]] = {}
         self._next_worker = self._next_number = self._losses = 0
+        self._plan_sources()
         bundle = {"CPU": self._settings.cpus_per_worker, "GPU": execution.gpus_per_worker}
         self._resources = {name: count for name, count in bundle.items() if count}
-        # The gang of an identity video. Ray places it, and again if its node is lost.
-        self._gang: PlacementGroup = placement_group([self._resources], strategy="STRICT_PACK")
-        if not self._gang.wait(self._settings.wait_seconds):
-            remove_placement_group(self._gang)
+        self._places: list[Place] = []
+        try:
+            self._spawn_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def _plan_sources(self) -> None:
+        """Find which ranks of an identity gang record, and what each reading rank reads of them."""
+        heads = self._plan.facts.num_heads
+        writers = self._execution.identity.shares(heads)
+        branches = BRANCHES if self._plan.config.method.branches == "both" else ("cond",)
+        self._recorders = [i for i, w in enumerate(writers) if set(w.branches) & set(branches)]
+        self._sources = [
+            overlapping(reader, writers, branches) for reader in self._execution.frame.shares(heads)
+        ]
+
+    def _spawn_all(self) -> None:
+        execution, gang = self._execution, self._execution.frame
+        kinds: tuple[Kind, Kind] = ("identity", "frame") if execution.is_split else ("any", "any")
+        first = Place.on_one_node(kinds[0], execution.identity, self._resources)
+        self._places.append(first)
+        assert first.group is not None
+        if not first.group.wait(self._settings.wait_seconds):
             raise self._no_place()
+        (home, *_) = placement_group_table(first.group)["bundles_to_node_id"].values()
         places = {node.id: node.workers for node in execution.nodes}
-        (home,) = placement_group_table(self._gang)["bundles_to_node_id"].values()
         places[home if home in places else execution.nodes[-1].id] -= 1
-        self._spawn(PlacementGroupSchedulingStrategy(self._gang, placement_group_bundle_index=0))
+        self._spawn(first)
         for node, count in sorted(places.items(), key=lambda place: place[0] != home):
             for _ in range(count):
-                self._spawn(NodeAffinitySchedulingStrategy(node, soft=True))
+                if gang.size > 1:
+                    place = Place.on_one_node(kinds[1], gang, self._resources)
+                else:
+                    here = NodeAffinitySchedulingStrategy(node, soft=True)
+                    place = Place(kinds[1], gang, self._resources, here)
+                self._places.append(place)
+                self._spawn(place)
 
     @property
     def idle(self) -> Sequence[Slot]:
         """Workers whose model is loaded and that have no job."""
         return [
-            Slot(worker.id, worker.node)
+            Slot(worker.id, worker.node, worker.place.kind)
             for worker in self._workers.values()
-            if worker.starting is None and worker.stream is None
+            if worker.made_with is not None and worker.stream is None
         ]
 
     @property
@@ -152,7 +144,7 @@ class RayPool:
     def is_growing(self) -> bool:
         """Whether a worker is being placed, loads its model, or ends a job that is over."""
         return any(
-            worker.starting is not None or (worker.stream is not None and worker.stream.is_aborted)
+            worker.made_with is None or (worker.stream is not None and worker.stream.is_aborted)
             for worker in self._workers.values()
         )
 
@@ -164,7 +156,7 @@ class RayPool:
             while not self.idle:
                 self.wait()
             worker = self._workers[self.idle[0].worker]
-            encode = worker.actor.encode.options(num_returns="streaming")
+            encode = worker.ranks[0].actor.encode.options(num_returns="streaming")
             try:
                 for ref in encode.remote(list(texts.values())):
                     # Put again by the driver: with it alone they are lost, on whatever node.
@@ -180,44 +172,42 @@ class RayPool:
     def start(self, worker: int, job: Job) -> None:
         """Give a job to an idle worker; a frame video also all that it reads and that is there."""
         number, self._next_number = self._next_number, self._next_number + 1
-        actor = self._workers[worker].actor
-        is_window = self._execution.policy == "window"
+        gang = self._workers[worker]
         texts = (job.video.prompt.text, self._plan.config.sampling.negative_prompt)
-        given = (
-            number,
-            job.scene.scene.id,
-            job.video,
-            {text: self._embeds[text] for text in texts},
-        )
+        embeds = {text: self._embeds[text] for text in texts}
+        given = (number, job.scene.scene.id, job.video, embeds)
         scene = self._scene_of(job)
+        publication = scene.publication
+        options: dict[str, Any]
         if job.is_identity:
             scene.clear()  # it may be gone with the worker that published it
             scene.identity = number
-            items = actor.identity.options(num_returns="streaming").remote(
-                *given, records=scene.publication.records, first=scene.publication.dropped
-            )
+            options = {"records": publication.records, "first": publication.dropped}
         else:
-            items = actor.frame.options(num_returns="streaming").remote(
-                *given, is_window=is_window, cache_bytes=self._plan.cache_bytes
-            )
-            scene.publication.join(number)
+            is_window = self._execution.policy == "window"
+            options = {"is_window": is_window, "cache_bytes": self._plan.cache_bytes}
+        items = {}
+        for rank in gang.ranks:
+            method = rank.actor.identity if job.is_identity else rank.actor.frame
+            items[rank.index] = method.options(num_returns="streaming").remote(*given, **options)
+        gang.begin(Stream(number, job), items)
+        if not job.is_identity:
+            publication.join(number)
             if scene.cache is not None:
-                actor.send.remote(number, cache=[scene.cache])
-            keys = scene.publication.keys
-            parts = {keys[part]: ref for part, ref in scene.publication.parts.items()}
-            actor.send.remote(number, parts=parts)
-        self._workers[worker].stream = _Stream(number, job, items)
+                self._send(gang, cache=[scene.cache])
+            for part, refs in publication.parts.items():
+                self._send_part(gang, publication.keys[part], refs)
         logger.info("started scene=%s video=%s worker=%d", given[1], job.video.id, worker)
 
     def wait(self) -> Sequence[Message]:
         """Wait for what any worker says. Raises WorkerError when the last one is gone."""
         self._give_credit()
-        awaited: dict[Any, _Worker] = {}
+        awaited: dict[Any, tuple[GangWorker, Rank]] = {}
         for worker in self._workers.values():
-            if worker.starting is not None:
-                awaited[worker.starting] = worker
-            elif worker.stream is not None:
-                awaited[worker.stream.items] = worker
+            for rank in worker.ranks:
+                what = rank.starting if rank.starting is not None else rank.items
+                if what is not None:
+                    awaited[what] = (worker, rank)
         ready, _ = ray.wait(list(awaited), timeout=_POLL_SECONDS, fetch_local=False)
         if len(awaited) > 1:
             ready, _ = ray.wait(
@@ -225,20 +215,27 @@ class RayPool:
             )
         messages: list[Message] = []
         for item in ready:
-            worker = awaited[item]
-            if worker.id in self._workers:  # not given up because of an item before
-                messages += self._started(worker) if worker.starting else self._advance(worker)
+            worker, rank = awaited[item]
+            if worker.id not in self._workers:  # given up because of an item before
+                continue
+            if rank.starting is not None:
+                messages += self._started(worker, rank)
+            elif rank.items is not None:
+                messages += self._advance(worker, rank)
         self._give_up_on_unplaced()
         return messages
 
     def abort(self, job: Job) -> None:
         """End a running job after its step; its worker is idle then."""
-        for worker in self._workers.values():
+        for worker in list(self._workers.values()):
             stream = worker.stream
             if stream is not None and stream.job == job and not stream.is_aborted:
-                stream.is_aborted = True
-                worker.actor.send.remote(stream.number, abort=True)
                 self._leave(stream)
+                stream.is_aborted = True
+                if worker.is_gang:
+                    self._replace(worker)
+                else:
+                    self._send(worker, abort=True)
 
     def forget(self, scene: str) -> None:
         """Free the identity cache of a scene."""
@@ -247,11 +244,25 @@ class RayPool:
     def close(self) -> None:
         """Kill the workers and give back what they held."""
         for worker in self._workers.values():
-            ray.kill(worker.actor)
+            worker.kill()
         self._workers.clear()
         self._scenes.clear()
         self._embeds.clear()
-        remove_placement_group(self._gang)
+        for place in self._places:
+            place.give_back()
+
+    def _send(self, worker: GangWorker, **what: Any) -> None:
+        """Send something to all ranks of a running job."""
+        assert worker.stream is not None
+        for rank in worker.ranks:
+            rank.actor.send.remote(worker.stream.number, **what)
+
+    def _send_part(self, reader: GangWorker, key: tuple[int, int], refs: Refs) -> None:
+        """Send each rank of a frame video what it reads of a part."""
+        assert reader.stream is not None
+        for rank in reader.ranks:
+            needed = [refs[source] for source in self._sources[rank.index]]
+            rank.actor.send.remote(reader.stream.number, parts={key: needed})
 
     def _scene_of(self, job: Job) -> _Scene:
         """Return the scene's publication; a new one for an identity video that nobody waits for."""
@@ -271,54 +282,67 @@ class RayPool:
             credit = self._scene_of(stream.job).publication.credit
             if credit > stream.credit:
                 stream.credit = credit
-                worker.actor.send.remote(stream.number, credit=credit)
+                self._send(worker, credit=credit)
 
-    def _advance(self, worker: _Worker) -> list[Message]:
-        """Take the next item of a worker's stream, which is there."""
+    def _advance(self, worker: GangWorker, rank: Rank) -> list[Message]:
+        """Take the next item of a rank's stream, which is there."""
         stream = worker.stream
         assert stream is not None
+        assert rank.items is not None
         try:
-            ref = next(stream.items)
-            announced, stream.follows = stream.follows, None
-            stream.published = ref if announced else None
+            ref = next(rank.items)
+            announced, rank.follows = rank.follows, None
+            rank.published = ref if announced else None
             if announced is not None:
-                return [] if stream.is_aborted else self._published(stream, announced, ref)
+                return [] if stream.is_aborted else self._published(stream, rank, announced, ref)
             note: Note = ray.get(ref)
         except StopIteration:
-            return self._ended(worker, stream)
+            return self._ended(worker, rank)
         except RayActorError:
             return self._lost(worker)
         except RayError as error:
-            worker.stream = None
-            self._leave(stream)
-            broken = Broken(stream.job, f"its worker failed: {_reason(error)}")
-            return [] if stream.is_aborted else [broken]
-        if stream.is_aborted:
-            return []
-        return self._heard(worker, stream, note)
+            return self._broken(worker, f"its worker failed: {_reason(error)}")
+        return [] if stream.is_aborted else self._heard(worker, rank, note)
 
-    def _ended(self, worker: _Worker, stream: _Stream) -> list[Message]:
-        """Free a worker whose stream is over; one that was cut short says why in its last item."""
+    def _ended(self, worker: GangWorker, rank: Rank) -> list[Message]:
+        """Free a worker when its ranks' streams are over; one that was cut short says why."""
+        stream = worker.stream
+        assert stream is not None
+        if stream.is_aborted or rank.over is not None:
+            rank.items = None
+            if all(rank.items is None for rank in worker.ranks):
+                worker.stream = None
+            return []
         reason = "no reason given"
-        if not stream.is_aborted:
-            assert stream.published is not None
-            try:
-                ray.get(stream.published)
-            except RayActorError:  # it died between announcing the item and making it
-                return self._lost(worker)
-            except RayError as error:
-                reason = _reason(error)
-        worker.stream = None
-        if stream.is_aborted:
-            return []
-        self._leave(stream)
-        broken = (
+        assert rank.published is not None
+        try:
+            ray.get(rank.published)
+        except RayActorError:  # it died between announcing the item and making it
+            return self._lost(worker)
+        except RayError as error:
+            reason = _reason(error)
+        return self._broken(
+            worker,
             f"its keys and values cannot be stored: {reason}; make room in the object store or on "
-            f"the disk of its node, or set cache.policy=window, which needs less; then render again"
+            f"the disk of its node, or set cache.policy=window, which needs less; then render "
+            f"again",
         )
-        return [Broken(stream.job, broken)]
 
-    def _heard(self, worker: _Worker, stream: _Stream, note: Note) -> list[Message]:
+    def _broken(self, worker: GangWorker, reason: str) -> list[Message]:
+        """Give up a job that failed; its worker is well, or else started anew."""
+        stream = worker.stream
+        assert stream is not None
+        worker.stream = None
+        for rank in worker.ranks:
+            rank.items = None
+        self._leave(stream)
+        if worker.is_gang:
+            self._replace(worker)
+        return [] if stream.is_aborted else [Broken(stream.job, reason)]
+
+    def _heard(self, worker: GangWorker, rank: Rank, note: Note) -> list[Message]:
+        stream = worker.stream
+        assert stream is not None
         job = stream.job
         if note.step is not None:
             if not job.is_identity:
@@ -327,49 +351,66 @@ class RayPool:
         if note.preview is not None:
             return [Previewed(job, note.preview.frames)]
         if note.part is not None or note.has_cache:
-            stream.follows = note
+            rank.follows = note
             return []
-        stream.is_aborted = True  # nothing more is to come but the end of the stream
+        rank.over = note
+        if note.is_over and any(rank.over is None for rank in worker.ranks):
+            return []
+        stream.is_aborted = True  # nothing more is to come but the end of the streams
         self._leave(stream)
-        if note.rendered is not None:
+        said = worker.ranks[0].over
+        if note.is_over and said is not None:
+            assert said.rendered is not None
             assert worker.made_with is not None
             self._losses = 0
             names = (job.scene.scene.id, job.video.id)
-            logger.info("rendered scene=%s video=%s waited=%.3f", *names, note.waited)
-            return [Finished(job, note.rendered, worker.made_with)]
+            logger.info("rendered scene=%s video=%s waited=%.3f", *names, said.waited)
+            return [Finished(job, said.rendered, worker.made_with)]
+        if worker.is_gang:
+            self._replace(worker)
         if note.lost is not None:
             return self._cache_lost(stream, note.lost)
         assert note.error is not None
         return [Broken(job, note.error)]
 
     def _published(
-        self, stream: _Stream, announced: Note, ref: ray.ObjectRef[Any]
+        self, stream: Stream, rank: Rank, announced: Note, ref: ray.ObjectRef[Any]
     ) -> list[Message]:
         """Keep what an identity video published, and give it to those who read it."""
         scene = self._scene_of(stream.job)
-        num_parts = scene.publication.num_parts
-        is_last = announced.has_cache if num_parts == 0 else announced.part == num_parts - 1
+        publication = scene.publication
+        readers = [
+            worker
+            for worker in self._workers.values()
+            if worker.stream is not None and worker.stream.number in publication.readers
+        ]
         if announced.has_cache:
             scene.cache = ref
-            what: dict[str, Any] = {"cache": [ref]}
+            for reader in readers:
+                self._send(reader, cache=[ref])
+            is_last = publication.num_parts == 0
         else:
-            assert announced.part is not None
-            scene.publication.publish(announced.part, ref)
-            what = {"parts": {scene.publication.keys[announced.part]: ref}}
-        for worker in self._workers.values():
-            reader = worker.stream
-            if reader is not None and reader.number in scene.publication.readers:
-                worker.actor.send.remote(reader.number, **what)
+            part = announced.part
+            assert part is not None
+            refs = stream.arrived.setdefault(part, {})
+            refs[rank.index] = ref
+            if len(refs) < len(self._recorders):
+                return []
+            del stream.arrived[part]
+            publication.publish(part, refs)
+            for reader in readers:
+                self._send_part(reader, publication.keys[part], refs)
+            is_last = part == publication.num_parts - 1
         return [Recorded(stream.job, self._plan.cache_bytes)] if is_last else []
 
-    def _cache_lost(self, stream: _Stream, reason: str) -> list[Message]:
+    def _cache_lost(self, stream: Stream, reason: str) -> list[Message]:
         """Forget the cache of a scene; its identity video, if it runs, must begin again."""
         job, scene = stream.job, self._scene_of(stream.job)
         if stream.number < scene.identity:  # it had read what is being published again already
             return [WorkerLost(job, reason)]
         scene.clear()
         messages: list[Message] = [CacheLost(job, reason)]
-        for worker in self._workers.values():
+        for worker in list(self._workers.values()):
             other = worker.stream
             if other is None or other.is_aborted or not other.job.is_identity:
                 continue
@@ -378,31 +419,32 @@ class RayPool:
                 messages.append(WorkerLost(other.job, "what it had published is lost"))
         return messages
 
-    def _leave(self, stream: _Stream) -> None:
+    def _leave(self, stream: Stream) -> None:
         known = self._scenes.get(stream.job.scene.scene.id)
         if known is not None:
             known.publication.leave(stream.number)
 
-    def _spawn(self, strategy: Any) -> None:
+    def _spawn(self, place: Place) -> None:
         """Start a worker; `wait` takes it in when it is placed and loaded."""
         config: RenderConfig = self._plan.config
         if config.model.threads is None:
             share = config.model.model_copy(update={"threads": self._settings.cpus_per_worker})
             config = config.model_copy(update={"model": share})
-        actor = _ACTOR.options(
-            num_cpus=self._resources["CPU"],
-            num_gpus=self._resources.get("GPU", 0),
-            scheduling_strategy=strategy,
-        ).remote(config)
-        worker = _Worker(self._next_worker, actor, strategy, actor.place.remote(), time.monotonic())
-        self._workers[worker.id] = worker
+        self._workers[self._next_worker] = GangWorker(self._next_worker, config, place)
         self._next_worker += 1
 
-    def _started(self, worker: _Worker) -> list[Message]:
-        """Go on with a worker that is placed, or that has loaded its model."""
-        assert worker.starting is not None
+    def _replace(self, worker: GangWorker) -> None:
+        """Kill a worker, and start another in its place, or if it was tied to a node, anywhere."""
+        worker.kill()
+        del self._workers[worker.id]
+        worker.place.strategy = "DEFAULT"
+        self._spawn(worker.place)
+
+    def _started(self, worker: GangWorker, rank: Rank) -> list[Message]:
+        """Go on with a rank that is placed, or that has loaded its model."""
+        assert rank.starting is not None
         try:
-            answer = ray.get(worker.starting)
+            answer = ray.get(rank.starting)
         except RayActorError:
             return self._lost(worker)
         except RayError as error:
@@ -410,21 +452,27 @@ class RayPool:
             if isinstance(cause, BachvidError):  # in words already: a damaged file, say
                 raise cause from error
             raise WorkerError(f"a worker could not load the model: {_reason(error)}") from error
-        if not worker.node:
-            worker.node, worker.pid = answer
-            worker.starting = worker.actor.load.remote()
-            logger.info("worker placed id=%d node=%s pid=%d", worker.id, worker.node, worker.pid)
+        rank.starting = None
+        is_placed = bool(rank.pid)
+        if not is_placed:
+            worker.node, rank.pid = answer
+            name = (worker.id, rank.index, worker.node, rank.pid)
+            logger.info("worker placed id=%d rank=%d node=%s pid=%d", *name)
+        elif rank.index == 0:
+            rank.made_with = answer
+        if worker.is_starting:
+            return []
+        if not is_placed:
+            worker.load()
         else:
-            worker.made_with, worker.starting = answer, None
+            worker.made_with = worker.ranks[0].made_with
             logger.info("worker ready id=%d", worker.id)
         return []
 
-    def _lost(self, worker: _Worker) -> list[Message]:
-        """Replace a dead worker, wherever there is room, and say which job died with it."""
-        where = f"process {worker.pid} on node {worker.node[:8]}" if worker.node else "starting"
-        reason = f"its worker died ({where}): killed, out of memory, or the node is gone"
+    def _lost(self, worker: GangWorker) -> list[Message]:
+        """Replace a worker of which a rank died, and say which job died with it."""
+        reason = f"its worker died ({worker.where()}): killed, out of memory, or the node is gone"
         logger.warning("worker lost id=%d: %s", worker.id, reason)
-        del self._workers[worker.id]
         self._losses += 1
         if self._losses > _MOST_LOSSES_IN_A_ROW:
             raise WorkerError(
@@ -432,8 +480,7 @@ class RayPool:
                 f"last one: {reason}. What is done is kept: see the log of that node (as in "
                 f"/tmp/ray/session_latest/logs), then render again"
             )
-        is_gang = isinstance(worker.strategy, PlacementGroupSchedulingStrategy)
-        self._spawn(worker.strategy if is_gang else "DEFAULT")
+        self._replace(worker)
         stream = worker.stream
         if stream is None or stream.is_aborted:
             return []
@@ -445,20 +492,25 @@ class RayPool:
         late = [
             worker
             for worker in self._workers.values()
-            if not worker.node and time.monotonic() - worker.since > self._settings.wait_seconds
+            if not all(rank.pid for rank in worker.ranks)
+            and time.monotonic() - worker.since > self._settings.wait_seconds
         ]
         for worker in late:
             logger.warning("worker not placed id=%d wants=%s", worker.id, self._resources)
-            ray.kill(worker.actor)
+            worker.kill()
+            worker.place.give_back()
+            self._places.remove(worker.place)
             del self._workers[worker.id]
         if not self._workers:
             raise self._no_place()
 
     def _no_place(self) -> WorkerError:
         free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+        size = max(self._execution.identity.size, self._execution.frame.size)
+        ranks = f"{size} times " * (size > 1)
         return WorkerError(
             f"no worker found a place in {self._settings.wait_seconds:g} s: each needs "
-            f"{self._resources}, free on the whole cluster are {free}; wait for other jobs, "
+            f"{ranks}{self._resources}, free on the whole cluster are {free}; wait for other jobs, "
             f"ask for less (cluster.cpus_per_worker, cluster.gpus_per_worker), or wait longer "
             f"(cluster.wait_seconds)"
         )

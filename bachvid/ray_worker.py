@@ -1,4 +1,4 @@
-"""What runs in a Ray actor: one worker, which renders identity and frame videos.
+"""What runs in a Ray actor: one rank of a gang, which renders identity and frame videos.
 
 Rendering methods are streaming generators, whose items the driver owns: they outlive the worker.
 Calls that come while it renders (credits, shards, the order to end) are in another concurrency
@@ -8,9 +8,11 @@ group and only touch a `_Feed`. Imports torch when it loads the model, not befor
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
@@ -20,14 +22,16 @@ from bachvid.config import RenderConfig
 from bachvid.errors import CorruptShardError, LostShardError, WorkerError
 from bachvid.events import PreviewFrames, RunStep
 from bachvid.facts import load_facts
+from bachvid.gangs import Gang
 from bachvid.plan import VideoPlan
 from bachvid.prompts import Prompt
 from bachvid.publication import part_key
 
 if TYPE_CHECKING:
     from bachvid.actors import ModelWorker, RenderedVideo
+    from bachvid.attention import SequenceGroup
     from bachvid.cache import IdentityCache
-    from bachvid.kv_stores import PackedStep
+    from bachvid.kv_packing import PackedStep
 
 Item = TypeVar("Item")
 _EMBEDS = "embeds"
@@ -35,13 +39,14 @@ _EMBEDS = "embeds"
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One item of a job's stream: a small object with one thing in it.
+    """One item of a job's stream: a small object with one thing in it. Rank 0 says all of it.
 
     step: a denoising step is done.
     preview: what the video will become.
     part: the next item of the stream is no note, but this part of the publication.
     has_cache: the next item of the stream is no note, but the identity cache, without a store.
-    rendered: the job has ended well; it `waited` so many seconds for keys and values.
+    is_over: the job has ended well; of rank 0 with what is `rendered`, and the seconds that it
+        `waited` for keys and values.
     error, lost: it has not; `lost` says that published keys and values were gone or damaged.
     """
 
@@ -49,6 +54,7 @@ class Note:
     preview: PreviewFrames | None = None
     part: int | None = None
     has_cache: bool = False
+    is_over: bool = False
     rendered: RenderedVideo | None = None
     waited: float = 0.0
     error: str | None = None
@@ -67,14 +73,14 @@ class _Feed:
         self._is_aborted = False
         self._credit = 0
         self._cache: list[ray.ObjectRef[IdentityCache]] = []  # one, once it is there
-        self._parts: dict[tuple[int, int], ray.ObjectRef[PackedStep]] = {}
+        self._parts: dict[tuple[int, int], Sequence[ray.ObjectRef[PackedStep]]] = {}
 
     def send(
         self,
         *,
         credit: int = 0,
         cache: Sequence[ray.ObjectRef[IdentityCache]] = (),
-        parts: Mapping[tuple[int, int], ray.ObjectRef[PackedStep]] | None = None,
+        parts: Mapping[tuple[int, int], Sequence[ray.ObjectRef[PackedStep]]] | None = None,
         abort: bool = False,
     ) -> None:
         with self._changed:
@@ -98,10 +104,11 @@ class _Feed:
     def wait_cache(self) -> IdentityCache:
         """Wait for the identity cache, which has no store. Raises LostShardError."""
         self.wait(lambda: bool(self._cache))
-        return _pulled(self._cache[0], "masks and features")
+        (cache,) = _pulled(self._cache, "masks and features")
+        return cache
 
-    def fetch(self, key: tuple[int, int]) -> PackedStep:
-        """Wait for a part and pull it to this node. Raises LostShardError."""
+    def fetch(self, key: tuple[int, int]) -> Sequence[PackedStep]:
+        """Wait for a part and pull to this node what this rank reads. Raises LostShardError."""
         self.wait(lambda: key in self._parts)
         return _pulled(self._parts[key], f"keys and values of step {key[1]}")
 
@@ -112,22 +119,22 @@ class _Feed:
                 del self._parts[key]
 
 
-def _pulled(ref: ray.ObjectRef[Item], what: str) -> Item:
+def _pulled(refs: Sequence[ray.ObjectRef[Item]], what: str) -> Sequence[Item]:
     try:
-        item: Item = ray.get(ref)
+        items: Sequence[Item] = ray.get(list(refs))
     except RayError as error:
         raise LostShardError(
             f"the identity {what} are gone ({type(error).__name__}): the node or the store that "
             f"held them is lost"
         ) from error
-    return item
+    return items
 
 
 class RayWorker:
-    """One process with one model. Its methods are called by `bachvid.ray_pool`."""
+    """One process with one model, or its share of one. `bachvid.ray_pool` calls its methods."""
 
-    def __init__(self, config: RenderConfig) -> None:
-        self._config = config
+    def __init__(self, config: RenderConfig, gang: Gang, rank: int) -> None:
+        self._config, self._gang, self._rank = config, gang, rank
         self._model: ModelWorker | None = None
         self._feeds: dict[int, _Feed] = {}
         self._last_ended = -1
@@ -137,9 +144,24 @@ class RayWorker:
         """Return the node that this worker got, and its process there."""
         return str(ray.get_runtime_context().get_node_id()), os.getpid()
 
-    def load(self) -> Mapping[str, str]:
-        """Load the model, not its text encoder; return what videos are made with."""
-        return self._worker.made_with
+    def load(self, meeting: str) -> Mapping[str, str]:
+        """Load the model, not its text encoder; return what videos are made with.
+
+        The ranks of a gang meet in a file of that name, which is of this gang only.
+        """
+        from bachvid.actors import ModelWorker  # imports torch: seconds
+        from bachvid.attention import ALONE
+
+        group: SequenceGroup = ALONE
+        if self._gang.size > 1:
+            from bachvid.models.base import choose_device
+            from bachvid.parallel import join_group  # imports what a single rank does not need
+
+            device = choose_device(self._config.model)
+            path = Path(tempfile.gettempdir()) / meeting
+            group = join_group(self._gang, self._rank, device=device, init_file=path)
+        self._model = ModelWorker(self._config, load_facts(self._config.model), group)
+        return self._model.made_with
 
     def encode(self, prompts: Sequence[Prompt]) -> Iterator[bytes]:
         """Yield the embeddings of each of `prompts`; then drop the text encoder.
@@ -175,6 +197,8 @@ class RayWorker:
 
         worker, packer = self._worker, self._worker.new_packer()
 
+        is_lead = self._rank == 0
+
         def render(feed: _Feed) -> Iterator[Note | PackedStep | IdentityCache]:
             run = IdentityVideoActor(worker).render(scene, video, packer, records=records)
             part = 0
@@ -182,17 +206,19 @@ class RayWorker:
                 try:
                     item = next(run)
                 except StopIteration as end:
-                    yield Note(rendered=end.value)
+                    yield Note(is_over=True, rendered=end.value)
                     return
                 feed.wait()
                 if isinstance(item, IdentityCache):
-                    yield Note(has_cache=True)
-                    yield replace(item, store=MemoryKVStore())
+                    if is_lead:
+                        yield Note(has_cache=True)
+                        yield replace(item, store=MemoryKVStore())
                     continue
                 if isinstance(item, PreviewFrames):
                     yield Note(preview=item)
                     continue
-                yield Note(step=item)
+                if is_lead:
+                    yield Note(step=item)
                 packed = packer.take(item.step)
                 if packed is None:
                     continue
@@ -219,6 +245,7 @@ class RayWorker:
         from bachvid.kv_stores import PulledKVStore
 
         worker, reads = self._worker, self._worker.method.reads
+        is_lead = self._rank == 0
         store: PulledKVStore | None = None
 
         def render(feed: _Feed) -> Iterator[Note]:
@@ -227,8 +254,10 @@ class RayWorker:
                 cache = feed.wait_cache()
                 store = store or PulledKVStore(
                     lambda run, step: feed.fetch((run if is_window else 0, step)),
+                    share=worker.share,
                     layers=cache.layers,
                     branches=cache.branches,
+                    passes=worker.facts.passes,
                     config_hash=cache.config_hash,
                     nbytes=cache_bytes,
                 )
@@ -245,10 +274,11 @@ class RayWorker:
                     passed = part_key(reads, item)
                     if is_window and passed:
                         feed.drop(passed)
-                    yield Note(step=item)
+                    if is_lead:
+                        yield Note(step=item)
             except StopIteration as end:
                 waited = store.wait_seconds if store else 0.0
-                yield Note(rendered=end.value, waited=waited)
+                yield Note(is_over=True, rendered=end.value, waited=waited)
             finally:
                 run.close()
                 if store is not None:
@@ -258,9 +288,7 @@ class RayWorker:
 
     @property
     def _worker(self) -> ModelWorker:
-        from bachvid.actors import ModelWorker  # imports torch: seconds
-
-        self._model = self._model or ModelWorker(self._config, load_facts(self._config.model))
+        assert self._model is not None, "not loaded"
         return self._model
 
     def _job(

@@ -7,7 +7,8 @@
     RUN/<scene>/masks/<video>.npz   key `foreground`: the method's mask, in tokens
     RUN/<scene>/overlays/           <video>.mask.png, <video>.match.png
     RUN/<scene>/previews/           <video>.png, with output.preview_every; not journaled
-    RUN/<scene>/frames/<video>.npz  with output.frames: keys `frames` and `foreground`, in pixels
+    RUN/<scene>/frames/<video>.npz  with output.frames: keys `frames` and `foreground`, in pixels,
+                                    and `latents`
 
 A video is done when its journal line exists and every file named there has the bytes that the
 line says. Done videos are never written again. Knows no model and imports no torch.
