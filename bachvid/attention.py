@@ -6,6 +6,8 @@ T text tokens, Q selected query rows, H heads, D channels per head, C model chan
 
 Several ranks may share one video. Between the calls of attention a rank has the text and its own
 video rows, of all heads; within, all rows of its own heads.
+
+Long for one file, because what a control may rely on and the code that keeps it are read together.
 """
 
 from __future__ import annotations

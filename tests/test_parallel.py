@@ -1,0 +1,37 @@
+"""Joining and leaving a gang of one; larger ones are tested in tests/distributed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bachvid.gangs import Gang
+from bachvid.parallel import join_group
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
+)
+def test_one_rank_has_everything_and_may_join_again(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "is put back after the test")
+    x = torch.randn(2, 5, 4, 3, device=device)
+    for meeting in ("first", "second"):
+        group = join_group(Gang(), 0, device=torch.device(device), init_file=tmp_path / meeting)
+        assert (group.rank, group.size, group.cfg_rank, group.cfg_size) == (0, 1, 0, 1)
+        for same in (
+            group.to_heads(x),
+            group.to_tokens(x),
+            group.gather_heads(x),
+            group.gather_tokens(x),
+            group.sum(x),
+            group.from_cond(x),
+        ):
+            assert torch.equal(same, x)
+        group.close()
