@@ -98,6 +98,36 @@ BAD_EDITS: dict[str, tuple[str, str, str]] = {
         "seed: !!bool maybe",
         "STORY: a value that its tag does not allow: 'maybe'",
     ),
+    "nouns empty": (
+        "  actions:",
+        "  nouns: {character: []}\n  actions:",
+        "STORY: scenes[0].nouns.character: is empty; name a word, or leave the key out",
+    ),
+    "nouns of another part": (
+        "  actions:",
+        "  nouns: {background: [desert], character: [desert]}\n  actions:",
+        "STORY: scenes[0].nouns: character has 'desert', which is no word of 'a green robot'",
+    ),
+    "noun cut out of a word": (
+        "  actions:",
+        "  nouns: {background: [deser]}\n  actions:",
+        "STORY: scenes[0].nouns: background has 'deser', which is no word of 'a desert'",
+    ),
+    "nouns of a text that is wrong": (
+        "character: a green robot",
+        "character: ''\n  nouns: {character: [robot]}",
+        "STORY: scenes[0].character: is empty; write what is to be seen",
+    ),
+    "nouns unknown part": (
+        "  actions:",
+        "  nouns: {action: [jumps]}\n  actions:",
+        "STORY: scenes[0].nouns.action: unknown key. Known here: background, character.",
+    ),
+    "nouns text": (
+        "  actions:",
+        "  nouns: {character: robot}\n  actions:",
+        "STORY: scenes[0].nouns.character: is 'robot': must be a list",
+    ),
     "no title": ("title: A day\n", "", "STORY: title: missing, and it has no default"),
     "empty title": ("A day", "''", "STORY: title: is empty; write what is to be seen"),
     "numeric title": ("A day", "2024", "STORY: title: is 2024: must be text; put it in quotes"),
@@ -265,7 +295,7 @@ BAD_CONFIGS: dict[str, tuple[str, str]] = {
     "empty": (
         "",
         "CONFIG: is empty; it needs the keys model, video, sampling, method, output, cache, "
-        "cluster",
+        "cluster, parallel",
     ),
     "list": (
         "- a\n",
@@ -366,6 +396,10 @@ BAD_CONFIGS: dict[str, tuple[str, str]] = {
     "scheduler": (
         "sampling: {scheduler: DDIM}\n",
         "CONFIG: sampling.scheduler: is 'DDIM': must be 'ddim', 'dpm', 'unipc' or 'euler'.",
+    ),
+    "scheduler of another family": (
+        "sampling: {scheduler: unipc}\n",
+        "sampling.scheduler: is 'unipc': model is of the family cogvideox, which has ddim and dpm",
     ),
     "noise": (
         "sampling: {noise: shared}\n",

@@ -86,6 +86,36 @@ def write_json_model(folder: Path, *, with_vocabulary: bool) -> Path:
     return folder
 
 
+def write_json_wan(folder: Path) -> Path:
+    """Write the json files of a small Wan2.1."""
+    files: dict[str, dict[str, object]] = {
+        "model_index.json": {"_class_name": "WanPipeline", "transformer_2": [None, None]},
+        "transformer/config.json": {
+            "num_layers": 8,
+            "num_attention_heads": 4,
+            "attention_head_dim": 32,
+            "in_channels": 12,
+            "text_dim": 96,
+            "patch_size": [1, 2, 2],
+        },
+        "vae/config.json": {
+            "z_dim": 12,
+            "dim_mult": [1, 2, 2],
+            "temperal_downsample": [False, True],
+            "scale_factor_spatial": 4,
+            "scale_factor_temporal": 2,
+        },
+        "text_encoder/config.json": {"d_model": 96},
+        "tokenizer/tokenizer_config.json": {"pad_token": "<pad>"},
+    }
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    _tokenizer().save(str(folder / "tokenizer" / "tokenizer.json"))
+    return folder
+
+
 def _tokenizer() -> Tokenizer:
     phrases = [phrase for part in VOCABULARY.values() for phrase in part]
     words = sorted({word for phrase in phrases for word in phrase.split()})

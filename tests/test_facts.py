@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from json_models import VOCABULARY, write_json_model
+from json_models import STORYBOOK, VOCABULARY, write_json_model, write_json_wan
 
-from bachvid.config import ModelConfig
+from bachvid.config import ModelConfig, VideoConfig
 from bachvid.errors import BachvidError, ConfigError, ModelSupportError
 from bachvid.facts import PUBLISHED, ModelFacts, load_facts
 
@@ -17,6 +17,11 @@ from bachvid.facts import PUBLISHED, ModelFacts, load_facts
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_json_model(tmp_path / "small", with_vocabulary=True)
+
+
+@pytest.fixture
+def wan_folder(tmp_path: Path) -> Path:
+    return write_json_wan(tmp_path / "wan")
 
 
 def load(model_id: str | Path) -> ModelFacts:
@@ -47,6 +52,31 @@ def test_the_layers_of_the_5b_are_those_published_counted_from_0() -> None:
         assert profile.vital_layers == tuple(layer - 1 for layer in published_vital)
         assert profile.mask_layers == tuple(range(5, 20))
         assert profile.match_layers == tuple(range(1, 16))
+
+
+@pytest.mark.parametrize(("size", "layers", "heads"), [("1.3B", 30, 12), ("14B", 40, 40)])
+def test_wan_is_known_without_the_network(size: str, layers: int, heads: int) -> None:
+    facts = load(f"Wan-AI/Wan2.1-T2V-{size}-Diffusers")
+    assert (facts.num_layers, facts.num_heads, facts.head_dim) == (layers, heads, 128)
+    assert (facts.text_tokens, facts.joint_text_tokens, facts.text_dim) == (512, 0, 4096)
+    assert facts.grid(81, 480, 832) == (21, 30, 52)
+    assert facts.layout(VideoConfig(pixel_frames=81, height=720, width=1280)).joint_tokens == 75600
+    defaults = facts.defaults
+    assert (defaults.pixel_frames, defaults.height, defaults.width) == (81, 480, 832)
+    assert (defaults.fps, defaults.num_steps, defaults.guidance_scale) == (16, 50, 5.0)
+    assert (defaults.scheduler, defaults.dtype) == ("unipc", "bfloat16")
+    assert facts.schedulers == ("unipc", "euler")
+    assert facts.passes == (("cond",), ("uncond",))
+
+
+def test_the_layers_of_wan_14b_are_those_published_counted_from_0() -> None:
+    published_vital = [1, 2, 17, 22, 24, 29, 33, 34, 35, 39, 40]
+    for profile in PUBLISHED["Wan-AI/Wan2.1-T2V-14B-Diffusers"].profiles.values():
+        assert profile.vital_layers == tuple(layer - 1 for layer in published_vital)
+        assert profile.mask_layers == tuple(range(2, 10))
+        assert profile.match_layers == tuple(range(1, 7))
+        assert profile.mask_fraction * 50 == 9
+        assert profile.mask_words == "nouns"
 
 
 @pytest.mark.parametrize("model_id", sorted(PUBLISHED))
@@ -126,6 +156,74 @@ def test_a_folder_that_is_not_our_model_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ModelSupportError, match=re.escape(message)):
         load(folder)
+
+
+def test_a_wan_folder_is_read_from_its_json_files(wan_folder: Path) -> None:
+    facts = load(wan_folder)
+    assert (facts.family, facts.name, facts.folder) == ("wan", "wan", wan_folder)
+    assert (facts.num_layers, facts.num_heads, facts.head_dim) == (8, 4, 32)
+    assert (facts.spatial_ratio, facts.temporal_ratio, facts.latent_channels) == (4, 2, 12)
+    assert facts.grid(5, 48, 48) == (3, 6, 6)
+    assert (facts.text_tokens, facts.defaults.dtype) == (512, "float32")
+    assert facts.profiles["paper"].mask_layers == (0, 1, 2)
+
+
+def test_a_wan_folder_can_say_how_long_its_prompts_are(wan_folder: Path) -> None:
+    (wan_folder / "storybook.json").write_text(json.dumps({**STORYBOOK, "text_tokens": 20}))
+    facts = load(wan_folder)
+    assert (facts.text_tokens, facts.joint_text_tokens) == (20, 0)
+    assert facts.vocabulary is not None
+    assert facts.profiles["fast"].mask_words == "all"
+
+
+def test_only_a_wan_folder_can_say_how_long_its_prompts_are(folder: Path) -> None:
+    (folder / "storybook.json").write_text(json.dumps({**STORYBOOK, "text_tokens": 30}))
+    with pytest.raises(ModelSupportError, match=r"text_tokens: is 30: .*max_text_seq_length says"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "model_index.json",
+            {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+            "has a transformer_2, so it is a Wan2.2 14B",
+        ),
+        ("model_index.json", {"boundary_ratio": 0.875}, "has boundary_ratio 0.875, so it is"),
+        ("model_index.json", {"expand_timesteps": True}, "has expand_timesteps, so it is a Wan2.2"),
+        ("model_index.json", {"_class_name": "WanVACEPipeline"}, "is a WanVACEPipeline: only"),
+        (
+            "model_index.json",
+            {"_class_name": "WanImageToVideoPipeline"},
+            "is a WanImageToVideoPipeline: only CogVideoXPipeline and WanPipeline, which make "
+            "videos from text, are supported",
+        ),
+        (
+            "transformer/config.json",
+            {"image_dim": 1280},
+            "has image_dim 1280, so it also takes an image: only Wan2.1 from text is supported; "
+            "use Wan-AI/Wan2.1-T2V-1.3B-Diffusers or Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        ),
+        ("transformer/config.json", {"added_kv_proj_dim": 64}, "has added_kv_proj_dim 64"),
+        ("vae/config.json", {"is_residual": True}, "has a VAE with is_residual, so it is a Wan2.2"),
+        ("vae/config.json", {"patch_size": 2}, "has a VAE with patch_size 2, so it is a Wan2.2"),
+        ("transformer/config.json", {"patch_size": [2, 2, 2]}, "has patch_size [2, 2, 2]: a token"),
+        ("transformer/config.json", {"patch_size": [1, 2, 1]}, "has patch_size [1, 2, 1]: a token"),
+        ("transformer/config.json", {"patch_size": 2}, "patch_size: is 2: must be a list"),
+        ("vae/config.json", {"dim_mult": [1, 2]}, "its VAE makes pixels 2 and frames 2 times"),
+        ("vae/config.json", {"scale_factor_temporal": 4}, "its scale_factor_temporal 4: correct"),
+        ("transformer/config.json", {"in_channels": 24}, "its parts do not fit"),
+        ("text_encoder/config.json", {"d_model": 8}, "its parts do not fit"),
+    ],
+)
+def test_a_wan_folder_that_is_not_our_model_is_refused_by_name(
+    wan_folder: Path, name: str, change: dict[str, object], message: str
+) -> None:
+    path = wan_folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelSupportError, match=re.escape(message)):
+        load(wan_folder)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "\x00", "[" * 10_000])

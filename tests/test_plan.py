@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from bad_inputs import GOOD_STORY
-from json_models import write_json_model
+from json_models import write_json_model, write_json_wan
 
 from bachvid.cluster import ClusterFacts, NodeFacts
 from bachvid.config import RenderConfig
@@ -157,6 +157,45 @@ def test_the_json_is_json_and_agrees_with_the_plan(story: Story, folder: Path) -
         "tokens": 9,
         "spans": {"background": [0, 1], "character": [3, 4, 5], "action": [7]},
     }
+
+
+def test_the_words_that_make_masks_are_shown(story: Story, folder: Path, tmp_path: Path) -> None:
+    model = write_json_wan(tmp_path / "wan")
+    plan = plan_with(story, model)
+    assert plan.config.method.mask_words == "nouns"
+    assert (plan.layout.text_tokens, plan.layout.grid) == (0, (41, 60, 104))
+    lines = plan_text(plan).splitlines()
+    assert lines[3] == "  masks by green, robot against desert"
+    assert "10 of 512 tokens: background 1, character 4-5, action 7-8" in lines[5]
+    data = plan_json(plan)["scenes"][0]  # type: ignore[index]
+    assert data["mask_words"] == {"character": ["green", "robot"], "background": ["desert"]}
+
+    nouns = {"character": ["robot"]}
+    named = {**story.model_dump(), "scenes": [{**story.scenes[0].model_dump(), "nouns": nouns}]}
+    story = Story.model_validate(named)
+    plan = plan_with(story, model)
+    assert plan_text(plan).splitlines()[3] == "  masks by robot against desert"
+    assert not any("nouns" in note for note in plan.notes)
+    assert plan.scenes[0].frames[0].tokens is not None
+    assert plan.scenes[0].frames[0].tokens.rows["character"] == (5,)
+
+    plan = plan_with(story, folder)  # a CogVideoX: whole parts
+    assert "masks by" not in plan_text(plan)
+    assert any("the story's nouns are not used" in note for note in plan.notes)
+
+
+def test_a_part_of_function_words_only_is_refused(story: Story, tmp_path: Path) -> None:
+    (scene,) = story.scenes
+    scene = scene.model_copy(update={"background": "there", "character": "her"})
+    story, model = story.model_copy(update={"scenes": (scene,)}), write_json_wan(tmp_path / "wan")
+    with pytest.raises(ConfigError) as caught:
+        plan_with(story, model)
+    assert [line.partition(": none")[0] for line in str(caught.value).splitlines()] == [
+        "story: scenes[0].background: is 'there'",
+        "story: scenes[0].character: is 'her'",
+    ]
+    plan_with(story, model, "method.mask_words=all")
+    plan_with(story, model, "method.name=none")
 
 
 def test_a_plan_for_a_cluster_says_where(story: Story, folder: Path) -> None:

@@ -20,6 +20,7 @@ from bachvid.prompts import (
     PromptSpan,
     PromptTokenizer,
     compose_prompt,
+    noun_ranges,
     vocabulary_phrase,
 )
 
@@ -61,6 +62,37 @@ def test_rows_are_of_their_part_and_separators_of_none(folder: Path) -> None:
     # a desert , a green robot , jumps </s>
     assert tokens.rows == {"background": (0, 1), "character": (3, 4, 5), "action": (7,)}
     assert tokens.num_tokens == 9
+
+
+def test_rows_are_of_the_words_that_stand_for_a_part(folder: Path) -> None:
+    words = {
+        "background": noun_ranges("a desert", None),
+        "character": noun_ranges("a green robot", ["Robot"]),
+    }
+    prompt = compose_prompt("a desert", "a green robot", "jumps", words=words)
+    assert prompt.text == DESERT.text
+    assert (prompt.words("background"), prompt.words("character")) == (("desert",), ("robot",))
+    assert prompt.words("action") == ()
+    assert load(folder).tokenize(prompt).rows == {
+        "background": (1,),
+        "character": (5,),
+        "action": (7,),
+    }
+
+
+def test_words_in_pieces_keep_all_their_pieces(folder: Path) -> None:
+    save_t5_like(folder, ("\u2581robo", "t", "t,"))
+    prompt = compose_prompt(
+        "a desert", "a robot a robot", "jumps", words={"character": ((2, 7), (10, 15))}
+    )
+    # a desert , a robo t a robo "t," jumps </s>: a piece of two words belongs to none
+    assert load(folder).tokenize(prompt).rows["character"] == (4, 5, 7)
+
+
+@pytest.mark.parametrize(("phrase", "nouns"), [("it is there", None), ("a robot", ["cat"])])
+def test_a_part_without_a_noun_is_refused(phrase: str, nouns: list[str] | None) -> None:
+    with pytest.raises(ConfigError, match="none of its words names what is to be seen"):
+        noun_ranges(phrase, nouns)
 
 
 def test_ids_are_padded_to_the_length_of_the_model(folder: Path) -> None:
