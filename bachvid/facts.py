@@ -68,6 +68,7 @@ class ModelFacts:
     temporal_ratio: int  # pixel frames per latent frame, after the first
     defaults: DefaultFacts
     profiles: Mapping[str, ProfileFacts]
+    max_grid: int | None = None  # tokens along each axis that there are positions for
     vocabulary: Vocabulary | None = None
 
     @property
@@ -120,7 +121,14 @@ class ModelFacts:
                 )
         token_pixels = self.spatial_ratio * self.patch_size
         latent_frames = (pixel_frames - 1) // frame_stride + 1
-        return latent_frames, height // token_pixels, width // token_pixels
+        grid = latent_frames, height // token_pixels, width // token_pixels
+        for name, tokens in zip(("pixel_frames", "height", "width"), grid, strict=True):
+            if self.max_grid is not None and tokens > self.max_grid:
+                raise ConfigError(
+                    f"video.{name}: makes {tokens} tokens along this axis: {self.name} has "
+                    f"positions for {self.max_grid}; choose a smaller video"
+                )
+        return grid
 
 
 def load_facts(model: ModelConfig) -> ModelFacts:
@@ -249,6 +257,7 @@ def _wan_facts(
             noise="same",
         ),
         profiles=wan_profiles(transformer.num_layers),
+        max_grid=transformer.rope_max_seq_len,
     )
 
 

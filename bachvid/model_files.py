@@ -28,7 +28,7 @@ class ModelIndex(JsonFile):
     """`model_index.json`; all but the class tell Wan2.2 from Wan2.1."""
 
     class_name: str = Field(alias="_class_name")
-    transformer_2: tuple[str | None, ...] = ()
+    transformer_2: tuple[str | None, ...] | None = None
     boundary_ratio: float | None = None
     expand_timesteps: bool = False
 
@@ -67,6 +67,7 @@ class WanTransformerFile(JsonFile):
     in_channels: int = Field(16, ge=1)
     text_dim: int = Field(4096, ge=1)
     patch_size: tuple[int, int, int] = (1, 2, 2)
+    rope_max_seq_len: int = Field(1024, ge=1)
     image_dim: int | None = None
     added_kv_proj_dim: int | None = None
 
@@ -116,7 +117,7 @@ def check_wan(
     Raises ModelSupportError, also for parts that contradict each other.
     """
     found = {
-        "a transformer_2, so it is a Wan2.2 14B": any(index.transformer_2),
+        "a transformer_2, so it is a Wan2.2 14B": any(index.transformer_2 or ()),
         f"boundary_ratio {index.boundary_ratio}, so it is a Wan2.2 14B": index.boundary_ratio,
         "expand_timesteps, so it is a Wan2.2 5B": index.expand_timesteps,
         "a VAE with is_residual, so it is a Wan2.2 5B": vae.is_residual,

@@ -83,8 +83,8 @@ class RenderPlan:
         return self.config.cache.window if is_window else None
 
     @property
-    def frame_forwards(self) -> int:
-        """Passes through the transformer for one frame video, those of its pre-passes too."""
+    def frame_steps(self) -> int:
+        """Steps of one frame video, those of its pre-passes too."""
         method, steps = self.config.method, self.config.sampling.num_steps
         assert steps is not None
         assert method.mask_step is not None
@@ -92,10 +92,12 @@ class RenderPlan:
 
     @property
     def num_forwards(self) -> int:
-        """Passes through the transformer for the whole story."""
-        steps = self.config.sampling.num_steps
+        """Passes through the transformer for the whole story; one step may take two."""
+        steps, scale = self.config.sampling.num_steps, self.config.sampling.guidance_scale
         assert steps is not None
-        return sum(steps + len(scene.frames) * self.frame_forwards for scene in self.scenes)
+        assert scale is not None
+        passes = len(self.facts.passes) if scale > 1 else 1
+        return passes * sum(steps + len(scene.frames) * self.frame_steps for scene in self.scenes)
 
     @property
     def seconds(self) -> float | None:

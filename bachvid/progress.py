@@ -56,7 +56,7 @@ class BarProgress:
         from rich.progress import Progress as Bar
 
         self._steps = plan.config.sampling.num_steps or 0
-        self._pre_pass = plan.frame_forwards - self._steps
+        self._pre_pass = plan.frame_steps - self._steps
         self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),

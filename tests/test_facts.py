@@ -168,6 +168,16 @@ def test_a_wan_folder_is_read_from_its_json_files(wan_folder: Path) -> None:
     assert facts.profiles["paper"].mask_layers == (0, 1, 2)
 
 
+def test_a_video_with_more_tokens_than_positions_is_refused(wan_folder: Path) -> None:
+    path = wan_folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_max_seq_len": 6}))
+    facts = load(wan_folder)
+    assert facts.grid(11, 48, 48) == (6, 6, 6)
+    for size, name in (((13, 48, 48), "pixel_frames"), ((5, 64, 48), "height")):
+        with pytest.raises(ConfigError, match=rf"^video\.{name}: makes [78] tokens .* for 6;"):
+            facts.grid(*size)
+
+
 def test_a_wan_folder_can_say_how_long_its_prompts_are(wan_folder: Path) -> None:
     (wan_folder / "storybook.json").write_text(json.dumps({**STORYBOOK, "text_tokens": 20}))
     facts = load(wan_folder)

@@ -86,6 +86,12 @@ def test_forwards_are_counted_with_the_pre_passes(story: Story, folder: Path) ->
     assert plan_with(story, folder, "method.name=none").num_forwards == 3 * 25
 
 
+def test_guidance_in_two_forwards_is_counted_twice(story: Story, tmp_path: Path) -> None:
+    model, alone = write_json_wan(tmp_path / "wan"), "method.name=none"
+    assert plan_with(story, model, alone).num_forwards == 2 * 3 * 50
+    assert plan_with(story, model, alone, "sampling.guidance_scale=1").num_forwards == 3 * 50
+
+
 def test_a_size_that_nobody_measured_has_no_time(story: Story, folder: Path) -> None:
     assert plan_with(story, folder, "video.height=96").seconds is None
 
