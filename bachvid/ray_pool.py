@@ -47,6 +47,7 @@ from bachvid.schedule import Kind, Slot
 
 logger = logging.getLogger(__name__)
 
+_ANSWER_SECONDS = 10  # for a rank to say that it lives
 _POLL_SECONDS = 0.2  # how long a cancelled render may take to notice
 _MOST_LOSSES_IN_A_ROW = 10  # of workers, before somebody must look at it
 
@@ -353,6 +354,8 @@ class RayPool:
         if note.part is not None or note.has_cache:
             rank.follows = note
             return []
+        if note.error is not None and not self._all_alive(worker):
+            return self._lost(worker)  # what it says is what the death of another did to it
         rank.over = note
         if note.is_over and any(rank.over is None for rank in worker.ranks):
             return []
@@ -372,6 +375,17 @@ class RayPool:
             return self._cache_lost(stream, note.lost)
         assert note.error is not None
         return [Broken(job, note.error)]
+
+    def _all_alive(self, worker: GangWorker) -> bool:
+        """Ask the ranks of a gang whether they live; one that is alone has just said so."""
+        assert worker.stream is not None
+        asked = worker.ranks if worker.is_gang else []
+        answers = [rank.actor.send.remote(worker.stream.number) for rank in asked]
+        try:
+            ray.get(answers, timeout=_ANSWER_SECONDS)
+        except RayError:
+            return False
+        return True
 
     def _published(
         self, stream: Stream, rank: Rank, announced: Note, ref: ray.ObjectRef[Any]

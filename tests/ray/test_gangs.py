@@ -57,10 +57,16 @@ def expected(tiny_cogvideox_folder: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("parallel.gpus_per_frame_actor=2", "cache.policy=retain"),
-        ("cache.policy=window", "method.profile=paper", "method.pre_passes=1"),
+        pytest.param(
+            ("parallel.gpus_per_frame_actor=2", "cache.policy=retain"),
+            id="2 read by 2",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("cache.policy=window", "method.profile=paper", "method.pre_passes=1"),
+            id="2 read by 1",
+        ),
     ],
-    ids=["2 read by 2", "2 read by 1"],
 )
 def test_a_gang_gives_the_videos_of_one_process(
     overrides: tuple[str, ...],
@@ -79,6 +85,7 @@ def test_a_gang_gives_the_videos_of_one_process(
     assert "2" in ranks
 
 
+@pytest.mark.slow
 def test_a_gang_that_loses_a_rank_is_started_anew(
     two_nodes: Cluster,
     tiny_cogvideox_folder: Path,
