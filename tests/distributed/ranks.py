@@ -77,11 +77,11 @@ def show(
     gang: Gang,
     overrides: Sequence[str],
     folder: Path,
-    readable: Sequence[str],
+    reads: Sequence[str],
 ) -> Shown:
     """Render a video plainly, an identity video, and frame videos from what gangs recorded.
 
-    What this gang records is left in `folder`, where the `readable` lie, under the gang's name.
+    What this gang records is left in `folder` under its name; it `reads` from there, also itself.
     """
     plan = render_plan(STORY, RenderConfig.from_yaml(None, list(overrides)))
     worker = ModelWorker(plan.config, plan.facts, group)
@@ -105,9 +105,8 @@ def show(
             previews += 1
         elif packed := packer.take(item.step):
             blocks[item.step] = pickle.loads(pickle.dumps(packed))
-    name = name_of(gang)
-    write(folder / name, gang, group, blocks, cache)
-    frames = {writer: frame(worker, plan, folder / writer) for writer in (name, *readable)}
+    write(folder / name_of(gang), gang, group, blocks, cache)
+    frames = {writer: frame(worker, plan, folder / writer) for writer in reads}
     return Shown(plain, identity, cache, frames, previews, worker.made_with)
 
 
