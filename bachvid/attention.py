@@ -83,8 +83,9 @@ class Rotary:
         # No copies in fp32: products with the table are, whatever the dtype of `x_BSHD`. Here a
         # forward would need most of its memory.
         rotated = x_BSHD * cos_ND[:, None]
-        real, imaginary = x_BSHD.unflatten(-1, (-1, 2)).unbind(-1)
-        rotated_real, rotated_imaginary = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+        pairs = (*x_BSHD.shape[:-1], x_BSHD.shape[-1] // 2, 2)
+        real, imaginary = x_BSHD.view(pairs).unbind(-1)
+        rotated_real, rotated_imaginary = rotated.view(pairs).unbind(-1)
         rotated_real -= imaginary * sin_ND[:, None, 0::2]
         rotated_imaginary += real * sin_ND[:, None, 1::2]
         return rotated.to(x_BSHD.dtype)

@@ -40,6 +40,7 @@ MatchWithin = Literal["video", "foreground"]
 PrePassInjection = Literal["background", "none"]
 ProfileName = Literal["paper", "fast"]
 CachePolicy = Literal["auto", "window", "retain"]
+Offload = Literal["none", "model"]
 
 INDECISIVE = ("output", "cache", "cluster", "parallel")  # sections that do not decide the pixels
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -64,6 +65,7 @@ class ModelConfig(_Section):
     dtype: Dtype | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count | None = None  # of torch within one operation, on CPU only
+    offload: Offload = "none"  # model: on the GPU is only the part that works
 
 
 class VideoConfig(_Section):
@@ -254,7 +256,7 @@ def config_hash(resolved: RenderConfig) -> str:
         mode="json",
         exclude={
             **dict.fromkeys(INDECISIVE, True),
-            "model": {"device", "threads"},
+            "model": {"device", "threads", "offload"},
             "method": {"profile"},
         },
     )

@@ -59,11 +59,13 @@ class ModelFacts:
     num_layers: int
     num_heads: int
     head_dim: int
+    ffn_dim: int  # channels within a feed-forward
     text_tokens: int  # the length that every prompt is padded to
     text_dim: int
     has_rope: bool
     patch_size: int  # latents per token, along height and width; along time it is 1
     latent_channels: int
+    vae_channels: int  # of the autoencoder's layers at full resolution
     spatial_ratio: int  # pixels per latent, along height and width
     temporal_ratio: int  # pixel frames per latent frame, after the first
     defaults: DefaultFacts
@@ -201,6 +203,7 @@ def _cogvideox_facts(
         num_layers=transformer.num_layers,
         num_heads=transformer.num_attention_heads,
         head_dim=transformer.attention_head_dim,
+        ffn_dim=4 * transformer.num_attention_heads * transformer.attention_head_dim,
         text_tokens=transformer.max_text_seq_length,
         text_dim=transformer.text_embed_dim,
         has_rope=transformer.use_rotary_positional_embeddings,
@@ -208,6 +211,7 @@ def _cogvideox_facts(
         latent_channels=transformer.in_channels,
         spatial_ratio=spatial_ratio,
         temporal_ratio=vae.temporal_compression_ratio,
+        vae_channels=vae.block_out_channels[0],
         defaults=DefaultFacts(
             pixel_frames=transformer.sample_frames,
             height=transformer.sample_height * spatial_ratio,
@@ -238,6 +242,7 @@ def _wan_facts(
         num_layers=transformer.num_layers,
         num_heads=transformer.num_attention_heads,
         head_dim=transformer.attention_head_dim,
+        ffn_dim=transformer.ffn_dim,
         text_tokens=512,  # no file says it: the stock pipeline's default
         text_dim=transformer.text_dim,
         has_rope=True,
@@ -245,6 +250,7 @@ def _wan_facts(
         latent_channels=transformer.in_channels,
         spatial_ratio=vae.scale_factor_spatial,
         temporal_ratio=vae.scale_factor_temporal,
+        vae_channels=vae.base_dim,
         defaults=DefaultFacts(
             pixel_frames=81,
             height=480,
@@ -307,7 +313,9 @@ _COGVIDEOX_TRANSFORMERS: Mapping[str, tuple[CogVideoXTransformerFile, Dtype]] = 
 
 # Source: diffusers, scripts/convert_wan_to_diffusers.py, get_transformer_config.
 _WAN_TRANSFORMERS: Mapping[str, WanTransformerFile] = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": WanTransformerFile(num_layers=30, num_attention_heads=12),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": WanTransformerFile(
+        num_layers=30, num_attention_heads=12, ffn_dim=8960
+    ),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": WanTransformerFile(),
 }
 

@@ -6,6 +6,9 @@ What a file leaves out is the default of its diffusers class.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,6 +69,7 @@ class WanTransformerFile(JsonFile):
     attention_head_dim: int = Field(128, ge=1)
     in_channels: int = Field(16, ge=1)
     text_dim: int = Field(4096, ge=1)
+    ffn_dim: int = Field(13824, ge=1)
     patch_size: tuple[int, int, int] = (1, 2, 2)
     rope_max_seq_len: int = Field(1024, ge=1)
     image_dim: int | None = None
@@ -76,6 +80,7 @@ class WanVaeFile(JsonFile):
     """Of AutoencoderKLWan; the last two are those of Wan2.2's."""
 
     latent_channels: int = Field(16, ge=1, alias="z_dim")
+    base_dim: int = Field(96, ge=1)
     dim_mult: tuple[int, ...] = Field((1, 2, 4, 4), min_length=1)
     temperal_downsample: tuple[bool, ...] = (False, True, True)
     scale_factor_spatial: int = Field(8, ge=1)
@@ -98,6 +103,52 @@ def read_json(path: Path, model: type[FileT]) -> FileT:
         raise ModelSupportError(f"not a diffusers folder that can be read: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ModelSupportError(f"{path}: not JSON: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class PartSize:
+    """Values in the weights of a part; `kept` of them are kept in fp32 where it is in 16 bits."""
+
+    values: int
+    kept: int = 0
+
+    def nbytes(self, width: int, *, keeps_fp32: bool = False) -> int:
+        """Give the bytes of the part, loaded with `width` bytes for a value."""
+        return self.values * width + (self.kept * (4 - width) if keeps_fp32 else 0)
+
+
+def read_part_sizes(
+    folder: Path, *, kept: Mapping[str, frozenset[str]]
+) -> dict[str, PartSize] | None:
+    """Count the weights of each part in `kept`, by the headers of its safetensors files.
+
+    A tensor counts as kept if one of the words given for its part is in its dotted name. Gives
+    None if a part has no such file. Raises ModelSupportError for a damaged one.
+    """
+    sizes = {}
+    for part, words in kept.items():
+        tensors: dict[str, int] = {}  # by name: variants of a file have the same names
+        for path in sorted((folder / part).glob("*.safetensors")):
+            tensors |= _tensor_sizes(path)
+        if not tensors:
+            return None
+        fp32 = sum(n for name, n in tensors.items() if words & set(name.split(".")))
+        sizes[part] = PartSize(sum(tensors.values()), fp32)
+    return sizes
+
+
+def _tensor_sizes(path: Path) -> dict[str, int]:
+    """Give the number of values of each tensor: a file begins with the length of a JSON header."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, path.stat().st_size)))
+        header.pop("__metadata__", None)
+        return {name: math.prod(tensor["shape"]) for name, tensor in header.items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ModelSupportError(
+            f"{path}: not a safetensors file ({type(error).__name__}): download the model again"
+        ) from None
 
 
 def check_cogvideox(transformer: CogVideoXTransformerFile, folder: Path) -> None:
