@@ -20,6 +20,7 @@ from bachvid.metrics.evaluate import evaluate_run, vanilla_twin
 from bachvid.metrics.psnr_bg import CAP_DB
 from bachvid.metrics.table import evaluation_table, write_results
 from bachvid.rundir import RunDirectory, write_atomically
+from bachvid.story import Story
 from bachvid.storybook.judge import JudgeReading
 from bachvid.video import Frames, enlarge, write_mp4
 
@@ -228,7 +229,7 @@ def test_the_twin_is_the_same_story_without_a_method(tmp_path: Path) -> None:
     twin = vanilla_twin(make_run(tmp_path, CONSISTENT))
     assert twin.out == tmp_path / "against.none"
     assert twin.config.method.name == "none"
-    assert twin.story.model_dump(mode="json") == STORY
+    assert twin.story == Story.model_validate(STORY)
 
 
 def test_a_run_without_videos_is_refused(tmp_path: Path) -> None:
