@@ -68,11 +68,14 @@ class CogVideoXControlledProcessor:
         """Attend over [text | video]; names and result as diffusers, which calls this."""
         text_tokens = encoder_hidden_states.shape[1]
         joint_BSC = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query_BSHD, key_BSHD, value_BSHD = (
-            project(joint_BSC).unflatten(2, (attn.heads, -1))
-            for project in (attn.to_q, attn.to_k, attn.to_v)
+        heads = (attn.heads, -1)
+        # No name for what is needed once: it would stay in memory through the attention.
+        qkv = QKV(
+            attn.norm_q(attn.to_q(joint_BSC).unflatten(2, heads)),
+            attn.norm_k(attn.to_k(joint_BSC).unflatten(2, heads)),
+            attn.to_v(joint_BSC).unflatten(2, heads),
         )
-        qkv = QKV(attn.norm_q(query_BSHD), attn.norm_k(key_BSHD), value_BSHD)
+        del joint_BSC
         out_BSC = controlled_attention(self.run, self.control, self.layer, qkv)
         out_BSC = attn.to_out[0](out_BSC)  # [1] is dropout
         return out_BSC[:, text_tokens:], out_BSC[:, :text_tokens]
