@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from bachvid.config import DTYPE_BYTES, Dtype, MethodConfig, Offload, RenderConfig
 from bachvid.facts import ModelFacts
@@ -31,6 +32,14 @@ class WeightBytes:
     text_encoder: int
 
 
+class PhaseBytes(NamedTuple):
+    """Bytes while prompts are encoded, videos denoised, and latents made into frames."""
+
+    encoding: int
+    denoising: int
+    decoding: int
+
+
 @dataclass(frozen=True, slots=True)
 class RankMemory:
     """GPU bytes of one rank, by what holds them.
@@ -46,31 +55,39 @@ class RankMemory:
     matching: int
     decode: int
 
-    def encoding(self, offload: Offload) -> int | None:
-        """Bytes while prompts are encoded. What the encoder needs beside its weights is little."""
-        if self.weights is None:
-            return None
-        others = self.weights.transformer + self.weights.vae if offload == "none" else 0
-        return others + self.weights.text_encoder
+    def phases(self, offload: Offload) -> PhaseBytes | None:
+        """Add up what is held in each phase; None if the weights are not known.
 
-    def denoising(self, offload: Offload) -> int | None:
-        """Bytes while a video is denoised; the text encoder is freed by then."""
-        if self.weights is None:
+        With `offload` only the part that works is there. What the text encoder needs beside its
+        weights is little, and it is freed before the first video.
+        """
+        weights = self.weights
+        if weights is None:
             return None
-        others = self.weights.vae if offload == "none" else 0
-        return others + self.weights.transformer + max(self.forward, self.matching)
+        parts = weights.transformer + weights.vae if offload == "none" else 0
+        return PhaseBytes(
+            encoding=parts + weights.text_encoder,
+            denoising=(parts or weights.transformer) + max(self.forward, self.matching),
+            decoding=(parts or weights.vae) + self.decode,
+        )
 
-    def decoding(self, offload: Offload) -> int | None:
-        """Bytes while latents become frames, or previews of them."""
-        if self.weights is None:
-            return None
-        others = self.weights.transformer if offload == "none" else 0
-        return others + self.weights.vae + self.decode
 
-    def peak(self, offload: Offload) -> int | None:
-        """Bytes of the phase that needs most."""
-        phases = (self.encoding(offload), self.denoising(offload), self.decoding(offload))
-        return None if None in phases else max(phase for phase in phases if phase is not None)
+@dataclass(frozen=True, slots=True)
+class PlannedMemory:
+    """What ranks of identity and of frame videos need; the same where one gang renders both."""
+
+    identity: RankMemory
+    frame: RankMemory
+
+
+def plan_memory(
+    config: RenderConfig, facts: ModelFacts, *, identity: Gang, frame: Gang
+) -> PlannedMemory:
+    """Count for a render whose videos are rendered by these gangs; `config` is resolved."""
+    memory = rank_memory(config, facts, frame, injects=True)
+    if identity == frame:
+        return PlannedMemory(memory, memory)
+    return PlannedMemory(rank_memory(config, facts, identity, injects=False), memory)
 
 
 def rank_memory(

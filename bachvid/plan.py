@@ -18,6 +18,7 @@ from bachvid.config import (
 )
 from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.facts import ModelFacts, load_facts
+from bachvid.memory import PlannedMemory, plan_memory
 from bachvid.prompts import (
     Prompt,
     PromptPart,
@@ -73,6 +74,7 @@ class RenderPlan:
     layout: TokenLayout
     scenes: tuple[ScenePlan, ...]
     cache_bytes: int
+    memory: PlannedMemory
     notes: tuple[str, ...]
     execution: ExecutionPlan | None = None
 
@@ -128,7 +130,7 @@ def render_plan(
     facts = load_facts(config.model)
     resolved = resolve_config(config, facts)
     layout = facts.layout(resolved.video)
-    plan_gangs(resolved, facts)
+    identity, frame = plan_gangs(resolved, facts)
     notes = [*_model_notes(facts, resolved.method), *_noun_notes(story, resolved.method)]
     if facts.cleans_text:
         story = cleaned(story)
@@ -162,6 +164,7 @@ def render_plan(
         layout=layout,
         scenes=scenes,
         cache_bytes=cache_bytes,
+        memory=plan_memory(resolved, facts, identity=identity, frame=frame),
         notes=tuple(notes),
         execution=execution,
     )

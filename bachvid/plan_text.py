@@ -9,10 +9,13 @@ from pydantic import JsonValue
 
 from bachvid.cache_policy import counted, format_bytes
 from bachvid.cluster import ExecutionPlan
-from bachvid.config import MethodConfig, config_hash
+from bachvid.config import MethodConfig, Offload, config_hash
 from bachvid.gangs import Gang
+from bachvid.memory import PlannedMemory, RankMemory
 from bachvid.plan import RenderPlan, ScenePlan, VideoPlan
 from bachvid.prompts import PromptPart
+
+OFFLOADS: tuple[Offload, ...] = ("none", "model")
 
 
 def plan_text(plan: RenderPlan) -> str:
@@ -37,6 +40,7 @@ def plan_text(plan: RenderPlan) -> str:
         f"sampling  {sampling.num_steps} steps of {sampling.scheduler}, guidance "
         f"{sampling.guidance_scale:g}, noise {sampling.noise}",
         *_method_lines(method),
+        *_memory_lines(plan.memory, config.model.offload),
         f"cache     {format_bytes(plan.cache_bytes)} of keys and values for one scene",
         *(_execution_lines(plan.execution) if plan.execution else []),
         f"time      {_time_text(plan)}, {plan.num_forwards} passes through the transformer",
@@ -67,6 +71,10 @@ def plan_json(plan: RenderPlan) -> dict[str, JsonValue]:
         "config": plan.config.model_dump(mode="json"),
         "config_hash": config_hash(plan.config),
         "cache_bytes": plan.cache_bytes,
+        "memory": {
+            "identity": _memory_json(plan.memory.identity),
+            "frame": _memory_json(plan.memory.frame),
+        },
         "forwards": plan.num_forwards,
         "seconds": plan.seconds,
         "execution": asdict(plan.execution) if plan.execution else None,
@@ -94,6 +102,52 @@ def _pre_pass_text(method: MethodConfig) -> str:
     return (
         first if method.pre_passes == 1 else f"{first}, then {method.pre_passes - 1} with injection"
     )
+
+
+def _memory_lines(memory: PlannedMemory, offload: Offload) -> list[str]:
+    if memory.identity == memory.frame:
+        lines = [f"memory    {_memory_text(memory.frame, offload)}"]
+    else:
+        lines = [
+            f"memory    rank of an identity video: {_memory_text(memory.identity, offload)}",
+            f"memory    rank of a frame video: {_memory_text(memory.frame, offload)}",
+        ]
+    ranks = (memory.identity, memory.frame)
+    most = {
+        choice: max(max(phases) for rank in ranks if (phases := rank.phases(choice)))
+        for choice in OFFLOADS
+        if memory.frame.weights
+    }
+    if most:
+        lines.append(
+            f"offload   {offload}; model.offload=model holds only the part that works on the GPU: "
+            f"at most {format_bytes(most['model'])}, and {format_bytes(most['none'])} without it"
+        )
+    return lines
+
+
+def _memory_text(rank: RankMemory, offload: Offload) -> str:
+    phases = rank.phases(offload)
+    if phases is None or rank.weights is None:
+        step = max(rank.forward, rank.matching)
+        return (
+            f"{format_bytes(step)} of a GPU for a step and {format_bytes(rank.decode)} to decode, "
+            f"beside weights that are not here to be counted"
+        )
+    encoding, denoising, decoding = map(format_bytes, phases)
+    return (
+        f"at most {format_bytes(max(phases))} of a GPU: {encoding} to encode prompts (the text "
+        f"encoder, {format_bytes(rank.weights.text_encoder)}, is freed then), {denoising} to "
+        f"denoise (weights {format_bytes(rank.weights.transformer)}) and {decoding} to decode"
+    )
+
+
+def _memory_json(rank: RankMemory) -> dict[str, JsonValue]:
+    phases = {offload: rank.phases(offload) for offload in OFFLOADS}
+    shown: dict[str, JsonValue] = {
+        offload: dict(each._asdict()) if each else None for offload, each in phases.items()
+    }
+    return {**asdict(rank), "phases": shown}
 
 
 def _execution_lines(execution: ExecutionPlan) -> list[str]:

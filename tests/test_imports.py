@@ -37,6 +37,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "cache_policy": ("torch", "ray", "diffusers", *own(*ROOTS, "plan", "cluster")),
     "cluster": ("torch", "ray", "diffusers", *own(*ROOTS, "plan")),
     "ray_cluster": ("torch", "diffusers", *own(*ROOTS)),
+    "memory": ("torch", "ray", "diffusers", *own(*ROOTS, "plan", "cluster")),
     "plan": ("torch", "ray", "diffusers", *own(*ROOTS)),
     "plan_text": ("torch", "ray", "diffusers", *own(*ROOTS)),
     "gangs": ("torch", "ray", "diffusers", *own(*ROOTS)),

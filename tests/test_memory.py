@@ -346,11 +346,9 @@ def test_tiles_begin_where_the_adapters_say() -> None:
 def test_offload_holds_one_part_at_a_time() -> None:
     weights = WeightBytes(transformer=100, vae=10, text_encoder=50)
     rank = memory.RankMemory(weights, forward=7, matching=3, decode=60)
-    assert (rank.encoding("none"), rank.encoding("model")) == (160, 50)
-    assert (rank.denoising("none"), rank.denoising("model")) == (117, 107)
-    assert (rank.decoding("none"), rank.decoding("model")) == (170, 70)
-    assert (rank.peak("none"), rank.peak("model")) == (170, 107)
-    assert replace(rank, weights=None).peak("none") is None
+    assert rank.phases("none") == (160, 117, 170)
+    assert rank.phases("model") == (50, 107, 70)
+    assert replace(rank, weights=None).phases("none") is None
 
 
 @pytest.mark.parametrize("name", ["paper", "fast"])
@@ -360,12 +358,13 @@ def test_injection_needs_no_more_than_a_tenth_beside_the_plain_video(
 ) -> None:
     facts = PUBLISHED[model_id]
     config = resolved(facts, f"method.profile={name}")
-    peaks = [
-        rank_memory(config, facts, Gang(), injects=injects).denoising("none")
+    injected, plain = (
+        rank_memory(config, facts, Gang(), injects=injects).phases("none")
         for injects in (True, False)
-    ]
-    assert None not in peaks
-    assert peaks[0] <= 1.10 * peaks[1]
+    )
+    assert injected is not None
+    assert plain is not None
+    assert injected.denoising <= 1.10 * plain.denoising
 
 
 @pytest.mark.parametrize(

@@ -251,3 +251,37 @@ def test_planning_loads_neither_torch_nor_diffusers(folder: Path, tmp_path: Path
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert "a green robot, jumps" in result.stdout
+
+
+def test_the_plan_tells_the_memory_of_a_gpu_with_and_without_offload(story: Story) -> None:
+    plan = plan_with(story, "THUDM/CogVideoX-5b")
+    memory, offload = (
+        line for line in plan_text(plan).splitlines() if line.startswith(("memory", "offload"))
+    )
+    assert memory == (
+        "memory    at most 21.1 GB of a GPU: 21.1 GB to encode prompts (the text encoder, 9.5 GB, "
+        "is freed then), 14.2 GB to denoise (weights 11.1 GB) and 15.6 GB to decode"
+    )
+    assert offload == (
+        "offload   none; model.offload=model holds only the part that works on the GPU: at most "
+        "13.8 GB, and 21.1 GB without it"
+    )
+    frame = json.loads(json.dumps(plan_json(plan)))["memory"]["frame"]
+    assert frame["weights"]["transformer"] == 11_140_566_144
+    assert frame["phases"]["model"]["denoising"] == 11_140_566_144 + frame["forward"]
+
+
+def test_ranks_of_two_kinds_have_a_line_each(story: Story) -> None:
+    plan = plan_with(story, "THUDM/CogVideoX-5b", "parallel.identity_gpus=4")
+    assert plan.memory.identity.forward < plan.memory.frame.forward
+    lines = [line for line in plan_text(plan).splitlines() if line.startswith("memory")]
+    assert [line.partition(":")[0] for line in lines] == [
+        "memory    rank of an identity video",
+        "memory    rank of a frame video",
+    ]
+
+
+def test_weights_that_are_not_here_are_not_counted(story: Story, folder: Path) -> None:
+    text = plan_text(plan_with(story, folder))
+    assert "beside weights that are not here to be counted" in text
+    assert "offload" not in text
