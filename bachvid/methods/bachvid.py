@@ -96,12 +96,13 @@ class VideoObserver(MethodControl):
         self._add_mass(site, self.run.gather_positions(mass_NG))
 
     def after(self, site: AttentionSite, out_BSC: Tensor) -> Tensor:
-        """Keep this rank's video rows of the match layers at the mask step."""
+        """Keep this rank's video rows of the match layers at the mask step, in host memory."""
         settings = self.settings
         wanted = site.layer in settings.match_layers and site.step == settings.mask_step
         if self._looks_at(site.branch) and wanted:
             rows_NC = out_BSC[0, self.run.layout.text_tokens :].clone()
-            self._features[site.layer] = self.run.group.from_cond(rows_NC)
+            # All layers would take a tenth of what a GPU needs for a video, up to its end.
+            self._features[site.layer] = self.run.group.from_cond(rows_NC).cpu()
         return out_BSC
 
     @property
@@ -181,6 +182,7 @@ class IdentityRecorder(VideoObserver, IdentityControl):
         Raises WorkerError before the mask step is over.
         """
         seen, settings = self.observation, self.settings
+        device = seen.foreground.mask_N.device
         return IdentityCache(
             layout=self.run.layout,
             steps=settings.recorded_steps,
@@ -188,7 +190,7 @@ class IdentityRecorder(VideoObserver, IdentityControl):
             branches=settings.branches,
             foreground_mask_N=seen.foreground.mask_N.cpu(),
             features={
-                layer: self.run.gather_positions(x_NC).cpu()
+                layer: self.run.gather_positions(x_NC.to(device)).cpu()
                 for layer, x_NC in seen.features.items()
             },
             seed=seed,
@@ -287,7 +289,8 @@ class FrameInjector(MethodControl):
         """Match this rank's foreground tokens, and put together what all ranks found."""
         run, layers = self._run, self._settings.match_layers
         own_mask_N = frame_mask_N[run.positions]
-        frame = [self._observation.features[layer][own_mask_N] for layer in layers]
+        features = self._observation.features
+        frame = [features[layer][own_mask_N.cpu()].to(own_mask_N.device) for layer in layers]
         identity = [self._cache.features[layer] for layer in layers]
         if self._settings.match_within == "video":
             match = match_tokens(frame, identity)

@@ -74,8 +74,8 @@ class MethodSettings:
 class Observation:
     """What a run showed of its video at the mask step.
 
-    `features` are the attention outputs [N, C] of each match layer; `recoveries` are those of
-    all masks that the run used, in order.
+    `features` are the attention outputs [N, C] of each match layer, in host memory; `recoveries`
+    are those of all masks that the run used, in order.
     """
 
     foreground: ForegroundMask

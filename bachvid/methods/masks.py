@@ -21,6 +21,10 @@ from bachvid.tokens import TokenLayout
 # stories cover 15 to 30 percent of the tokens.
 RECOVERY_QUANTILE = 0.8
 
+# Logits of one head at a time, at most: with more, the mask step would need more memory than any
+# other step of a video.
+_MOST_LOGITS = 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class MaskRecovery:
@@ -55,14 +59,15 @@ def text_mass(
 
     The softmax runs over all of `key_KHD`; `segments` are rows of it. Queries and keys are as
     the attention sees them: after RoPE. Returns mass_NG, fp32, the mean over heads and over the
-    keys of a segment. Peak memory: heads * chunk * K * 4 bytes, never N x N.
+    keys of a segment. Peak memory: 2 * heads * chunk * K * 4 bytes; with many keys a
+    chunk is smaller.
     Source: BachVid (arXiv 2510.21696v1), Sec. 3.2, Eq. (1)-(3).
     """
     key_HDK = key_KHD.float().permute(1, 2, 0)
     scale = query_NHD.shape[-1] ** -0.5
     rows = [torch.tensor(segment, device=key_KHD.device) for segment in segments]
     parts = []
-    for query_nHD in torch.split(query_NHD, chunk):
+    for query_nHD in torch.split(query_NHD, min(chunk, max(_MOST_LOGITS // len(key_KHD), 1))):
         logits_HnK = (query_nHD.float() * scale).transpose(0, 1) @ key_HDK
         log_sum_Hn1 = logits_HnK.logsumexp(dim=-1, keepdim=True)
         masses = [(logits_HnK[..., row] - log_sum_Hn1).exp().mean(dim=(0, 2)) for row in rows]
