@@ -92,12 +92,13 @@ class CogVideoXModel:
         vae: AutoencoderKLCogVideoX,
         load_text_encoder: Callable[[], TextEncoder],
         scheduler_config: dict[str, object],
+        device: torch.device,
         group: SequenceGroup = ALONE,
     ) -> None:
         self.facts = facts
         self.group = group
         self.transformer = transformer
-        self.device: torch.device = transformer.device
+        self.device = device
         self.dtype: torch.dtype = transformer.dtype
         self._vae = vae
         self._load_text_encoder = load_text_encoder
@@ -226,11 +227,15 @@ def load_cogvideox(config: ModelConfig, facts: ModelFacts, group: SequenceGroup)
             "scheduler": tuple(SCHEDULERS.values()),
         },
     )
+    transformer = loader.load(CogVideoXTransformer3DModel, "transformer")
+    vae = loader.load(AutoencoderKLCogVideoX, "vae")
+    loader.place(transformer, vae)
     return CogVideoXModel(
         facts,
-        transformer=loader.load(CogVideoXTransformer3DModel, "transformer"),
-        vae=loader.load(AutoencoderKLCogVideoX, "vae"),
+        transformer=transformer,
+        vae=vae,
         load_text_encoder=lambda: loader.load_text_encoder(T5EncoderModel),
         scheduler_config=loader.scheduler_config(CogVideoXDDIMScheduler),
+        device=loader.device,
         group=group,
     )

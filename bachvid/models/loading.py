@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import UserCpuOffloadHook
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
@@ -36,7 +38,7 @@ class TextEncoder(NamedTuple):
 
 
 class PartLoader:
-    """Loads the parts of one model onto its device: from a folder, or from the Hub.
+    """Loads the parts of one model: from a folder, or from the Hub.
 
     Raises ModelSupportError if a part is of a class that is not among those of its name in
     `classes`: it would load, but as another model than it is.
@@ -50,7 +52,8 @@ class PartLoader:
         self._source = str(facts.folder) if is_local else config.id
         self._revision = None if is_local else config.revision
         self._config, self._facts = config, facts
-        self._device, self._dtype = choose_device(config), choose_dtype(config, facts)
+        self.device, self._dtype = choose_device(config), choose_dtype(config, facts)
+        self._hooks: list[UserCpuOffloadHook] = []
         index = load_component(
             lambda: DiffusionPipeline.load_config(self._source, revision=self._revision),
             config=config,
@@ -62,7 +65,7 @@ class PartLoader:
     def load(
         self, component: type[Component], name: str, *, dtype: torch.dtype | None = None
     ) -> Component:
-        """Load one part, in the model's dtype unless `dtype` is another.
+        """Load one part, in the model's dtype unless `dtype` is another, into host memory.
 
         Raises ConfigError if files are missing, damaged or do not belong together.
         """
@@ -85,13 +88,29 @@ class PartLoader:
                 f"{len(info['missing_keys'])} tensors ({min(info['missing_keys'])} is one): they "
                 f"do not belong to its config.json; download the model again"
             )
-        loaded: Component = model.to(self._device)
+        loaded: Component = model
         return loaded
+
+    def place(self, transformer: torch.nn.Module, vae: torch.nn.Module) -> None:
+        """Move both to the device or, with model.offload, let them take turns there.
+
+        Accelerate's hooks do that: each part moves when it is called, after the other has left.
+        """
+        if self._config.offload == "none":
+            transformer.to(self.device)
+            vae.to(self.device)
+            return
+        _, first = cpu_offload_with_hook(transformer, self.device)
+        _, second = cpu_offload_with_hook(vae, self.device, prev_module_hook=first)
+        first.hook.prev_module_hook = second
+        self._hooks = [first, second]
 
     def load_text_encoder(self, encoder: type[PreTrainedModel]) -> TextEncoder:
         """Load tokenizer and text encoder. Raises ConfigError or ModelSupportError."""
+        for hook in self._hooks:  # whoever loads an encoder frees it; until then it is alone
+            hook.offload()
         tokenizer = PromptTokenizer.load(self._facts, revision=self._revision)
-        return TextEncoder(tokenizer, self.load(encoder, "text_encoder"))
+        return TextEncoder(tokenizer, self.load(encoder, "text_encoder").to(self.device))
 
     def scheduler_config(self, scheduler: type[SchedulerMixin]) -> dict[str, Any]:
         """Load the noise schedule of the weights. Raises ConfigError if there is none."""

@@ -118,12 +118,13 @@ class WanModel:
         vae: AutoencoderKLWan,
         load_text_encoder: Callable[[], TextEncoder],
         scheduler_config: dict[str, Any],
+        device: torch.device,
         group: SequenceGroup = ALONE,
     ) -> None:
         self.facts = facts
         self.group = group
         self.transformer = transformer
-        self.device: torch.device = transformer.device
+        self.device = device
         self.dtype: torch.dtype = transformer.dtype
         self._vae = vae
         self._load_text_encoder = load_text_encoder
@@ -143,7 +144,8 @@ class WanModel:
             # The table depends on the shape of the latents only.
             latents = torch.empty(self._latent_shape(video), device="meta")
             cos_BSHD, sin_BSHD = self.transformer.rope(latents)
-            self._rotary[grid] = Rotary(cos_BSHD[0, :, 0], sin_BSHD[0, :, 0])
+            cos_ND, sin_ND = (x_BSHD[0, :, 0].to(self.device) for x_BSHD in (cos_BSHD, sin_BSHD))
+            self._rotary[grid] = Rotary(cos_ND, sin_ND)
         return self._rotary[grid]
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> Tensor:
@@ -260,11 +262,15 @@ def load_wan(config: ModelConfig, facts: ModelFacts, group: SequenceGroup) -> Wa
             "scheduler": (UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler),
         },
     )
+    transformer = loader.load(WanTransformer3DModel, "transformer")
+    vae = loader.load(AutoencoderKLWan, "vae", dtype=torch.float32)
+    loader.place(transformer, vae)
     return WanModel(
         facts,
-        transformer=loader.load(WanTransformer3DModel, "transformer"),
-        vae=loader.load(AutoencoderKLWan, "vae", dtype=torch.float32),
+        transformer=transformer,
+        vae=vae,
         load_text_encoder=lambda: loader.load_text_encoder(UMT5EncoderModel),
         scheduler_config=loader.scheduler_config(UniPCMultistepScheduler),
+        device=loader.device,
         group=group,
     )

@@ -82,6 +82,7 @@ def test_the_text_encoder_is_loaded_when_needed_and_can_be_freed(
         vae=pipeline.vae,
         load_text_encoder=load_text_encoder,
         scheduler_config=pipeline.scheduler.config,
+        device=model.device,
     )
     assert not loads
     expected = lazy.encode_prompts([PROMPT])
@@ -235,6 +236,7 @@ def test_the_adapter_runs_the_published_transformer_at_full_size(hub_id: str) ->
         vae=None,
         load_text_encoder=lambda: None,
         scheduler_config={},
+        device=transformer.device,
     )
     video = VideoConfig(pixel_frames=49, height=480, width=720)
     run = RunContext(layout=model.layout(video), rotary=model.rotary(video))

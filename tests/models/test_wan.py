@@ -395,6 +395,7 @@ def test_the_adapter_runs_the_published_transformer_at_full_size(hub_id: str) ->
         vae=None,
         load_text_encoder=lambda: None,
         scheduler_config={},
+        device=transformer.device,
     )
     video = VideoConfig(pixel_frames=81, height=480, width=832)
     run = RunContext(layout=model.layout(video), rotary=model.rotary(video), branches=("cond",))
