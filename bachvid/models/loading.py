@@ -100,8 +100,10 @@ class PartLoader:
             transformer.to(self.device)
             vae.to(self.device)
             return
-        _, first = cpu_offload_with_hook(transformer, self.device)
-        _, second = cpu_offload_with_hook(vae, self.device, prev_module_hook=first)
+        # With its index, as parameters have it: else the hooks would move them every time.
+        device = torch.empty(0, device=self.device).device
+        _, first = cpu_offload_with_hook(transformer, device)
+        _, second = cpu_offload_with_hook(vae, device, prev_module_hook=first)
         first.hook.prev_module_hook = second
         self._hooks = [first, second]
 
