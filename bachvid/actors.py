@@ -83,6 +83,11 @@ class ModelWorker:
         self.facts = facts
         self.group = group
         self.model = load_model(config.model, facts, group)
+        self._decodes_together = False
+        if group is not ALONE:
+            from bachvid.parallel import share_decoder  # imports what a single rank does not need
+
+            self._decodes_together = share_decoder(self.model.vae)
         self.method = build_method(config.method, config_hash=config_hash(config))
         self.layout = self.model.layout(config.video)
         self.embeds: dict[str, Tensor] = {}  # [1, T, C] by prompt; the negative one is needed too
@@ -97,8 +102,15 @@ class ModelWorker:
 
     @property
     def sees_pixels(self) -> bool:
-        """Whether this rank decodes: one of a gang does."""
+        """Whether this rank has the frames of a video: one of a gang does."""
         return self.group.rank == self.group.cfg_rank == 0
+
+    def decode(self, latents: Tensor) -> Frames | None:
+        """Decode, on this rank or with the whole gang; None for a rank that sees no pixels."""
+        if not (self.sees_pixels or self._decodes_together):
+            return None
+        frames = self.model.decode(latents)
+        return frames if self.sees_pixels else None
 
     @property
     def made_with(self) -> dict[str, str]:
@@ -179,8 +191,10 @@ class ModelWorker:
     def previews(self, done: Denoised) -> Iterator[PreviewFrames]:
         """Decode what a step of a main run expects, if the config wants it of this step."""
         every = self.config.output.preview_every
-        if self.sees_pixels and every is not None and (done.step + 1) % every == 0:
-            yield PreviewFrames(self.model.decode(done.estimate))
+        if every is not None and (done.step + 1) % every == 0:
+            frames = self.decode(done.estimate)
+            if frames is not None:
+                yield PreviewFrames(frames)
 
     def finish(
         self,
@@ -194,10 +208,10 @@ class ModelWorker:
 
         None for a rank that sees no pixels.
         """
-        if not self.sees_pixels:
-            return None
         with _timed(seconds, "decode"):
-            frames = self.model.decode(latents)
+            frames = self.decode(latents)
+        if frames is None:
+            return None
         seen = control.observation
         return RenderedVideo(
             frames=frames,

@@ -1,8 +1,8 @@
 """How the ranks of a gang exchange what they share: Ulysses sequence parallelism, CFG apart.
 
 A gang is on one machine: its sockets are those of the loopback interface. On GPUs xfuser makes the
-groups, over NCCL; on CPUs torch does, over gloo. The all-to-all is yunchang's on both. Shape
-suffixes: see `bachvid.attention`.
+groups, over NCCL; on CPUs torch does, over gloo. The all-to-all is yunchang's on both, and the
+shared decoder DistVAE's. Shape suffixes: see `bachvid.attention`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from distvae.vae import parallel
+from torch import Tensor, nn
 from yunchang.comm.all_to_all import SeqAllToAll4D
 
 from bachvid.gangs import Gang
@@ -88,6 +89,18 @@ def join_group(gang: Gang, rank: int, *, device: torch.device, init_file: Path) 
     sequence, cfg, leave = join(gang, rank, device, method)
     cfg_rank, sequence_rank = divmod(rank, gang.sequence)
     return JoinedGroup(sequence_rank, gang.sequence, cfg_rank, gang.cfg, sequence, cfg, leave)
+
+
+def share_decoder(vae: nn.Module) -> bool:
+    """Let the gang of this process decode together, rows of pixels apart, if DistVAE can.
+
+    Returns whether it can: then every rank must decode what the others do. It knows the VAE of
+    Wan, and not that of CogVideoX.
+    """
+    if parallel.decoder_adapter_name(vae) is None:
+        return False
+    parallel.parallelize_decoder(vae, dist.group.WORLD)
+    return True
 
 
 _Groups = tuple[dist.ProcessGroup, dist.ProcessGroup, Callable[[], None]]

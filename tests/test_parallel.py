@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 
 from bachvid.gangs import Gang
-from bachvid.parallel import join_group
+from bachvid.parallel import join_group, share_decoder
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -35,3 +36,19 @@ def test_one_rank_has_everything_and_may_join_again(
         ):
             assert torch.equal(same, x)
         group.close()
+
+
+def test_the_ranks_share_the_decoder_of_wan_and_no_other(
+    tmp_path: Path, tiny_wan_folder: Path, tiny_cogvideox_folder: Path
+) -> None:
+    group = join_group(Gang(), 0, device=torch.device("cpu"), init_file=tmp_path / "meeting")
+    wan = AutoencoderKLWan.from_pretrained(tiny_wan_folder, subfolder="vae")
+    latents = torch.randn(1, wan.config.z_dim, 2, 4, 4)
+    with torch.no_grad():
+        expected = wan.decode(latents).sample
+        assert share_decoder(wan)
+        assert type(wan.decoder).__module__.startswith("distvae")
+        torch.testing.assert_close(wan.decode(latents).sample, expected)
+    cogvideox = AutoencoderKLCogVideoX.from_pretrained(tiny_cogvideox_folder, subfolder="vae")
+    assert not share_decoder(cogvideox)
+    group.close()

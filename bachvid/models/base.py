@@ -65,6 +65,10 @@ class VideoModel(Protocol):
     def transformer(self) -> Transformer:
         """Return the denoiser, in evaluation mode."""
 
+    @property
+    def vae(self) -> nn.Module:
+        """Return the autoencoder, in evaluation mode."""
+
     def layout(self, video: VideoConfig) -> TokenLayout:
         """Return where text and video tokens stand. Raises ConfigError for an illegal size."""
 

@@ -100,7 +100,7 @@ class CogVideoXModel:
         self.transformer = transformer
         self.device = device
         self.dtype: torch.dtype = transformer.dtype
-        self._vae = vae
+        self.vae = vae
         self._load_text_encoder = load_text_encoder
         self._text_encoder: TextEncoder | None = None
         self._scheduler_config = scheduler_config
@@ -170,11 +170,11 @@ class CogVideoXModel:
         _, _, _, height, width = latents.shape
         ratio = self.facts.spatial_ratio
         if height * width * ratio**2 >= TILED_FROM_PIXELS:
-            self._vae.enable_tiling(TILE_HEIGHT, TILE_WIDTH)
+            self.vae.enable_tiling(TILE_HEIGHT, TILE_WIDTH)
         else:
-            self._vae.disable_tiling()
-        scaled_BCFHW = 1 / self._vae.config.scaling_factor * latents.transpose(1, 2)
-        video_CFHW = self._vae.decode(scaled_BCFHW).sample[0]
+            self.vae.disable_tiling()
+        scaled_BCFHW = 1 / self.vae.config.scaling_factor * latents.transpose(1, 2)
+        video_CFHW = self.vae.decode(scaled_BCFHW).sample[0]
         return to_frames(video_CFHW)
 
     def controlled_processors(

@@ -126,7 +126,7 @@ class WanModel:
         self.transformer = transformer
         self.device = device
         self.dtype: torch.dtype = transformer.dtype
-        self._vae = vae
+        self.vae = vae
         self._load_text_encoder = load_text_encoder
         self._text_encoder: TextEncoder | None = None
         self._scheduler_config = scheduler_config
@@ -211,17 +211,17 @@ class WanModel:
         """Return frames [frames, height, width, 3] of latents [1, C, F, height, width]."""
         _, channels, _, height, width = latents.shape
         if height * width * self.facts.spatial_ratio**2 > TILED_ABOVE_PIXELS:
-            self._vae.enable_tiling()
+            self.vae.enable_tiling()
         else:
-            self._vae.disable_tiling()
-        config = self._vae.config
-        latents = latents.to(self._vae.dtype)
+            self.vae.disable_tiling()
+        config = self.vae.config
+        latents = latents.to(self.vae.dtype)
         mean, std = (
             torch.tensor(values).view(1, channels, 1, 1, 1).to(latents)
             for values in (config.latents_mean, config.latents_std)
         )
         # Divided by the inverse, as in the stock pipeline: else the last bits differ.
-        video_CFHW = self._vae.decode(latents / (1.0 / std) + mean).sample[0]
+        video_CFHW = self.vae.decode(latents / (1.0 / std) + mean).sample[0]
         return to_frames(video_CFHW)
 
     def controlled_processors(

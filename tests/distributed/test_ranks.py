@@ -111,6 +111,9 @@ def test_plain_and_recorded_videos_are_those_of_one_process(
             np.testing.assert_allclose(rank.plain, alone.plain, **TOLERANCE)
         assert ranks[0].identity is not None
         np.testing.assert_allclose(ranks[0].identity.latents, alone.plain, **TOLERANCE)
+        assert alone.identity is not None
+        pixels = ranks[0].identity.frames.astype(np.int16) - alone.identity.frames
+        assert np.abs(pixels).max() <= 1  # bytes; ranks of Wan decode together
 
 
 def test_masks_and_features_are_the_same_on_every_rank(shown: Mapping[str, list[Shown]]) -> None:
