@@ -47,7 +47,8 @@ class RankMemory:
     weights: None if neither the weights are here nor the model is one that is known.
     forward: activations of the transformer, of the step that needs most.
     matching: features and their products, once for each frame video, between two steps.
-    decode: activations of the VAE, and the frames. Of one rank of a gang; the others need none.
+    decode: activations of the VAE, and the frames, of a rank that decodes alone. Ranks that share
+        a decode need less.
     """
 
     weights: WeightBytes | None

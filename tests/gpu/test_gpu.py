@@ -174,10 +174,10 @@ def test_offload_leaves_one_part_at_a_time_on_the_gpu(
     assert run.rotary.cos_ND.device == CUDA
     model.predict(latents, timestep, embeds_PTC)
     assert {x.device.type for x in model.transformer.parameters()} == {"cuda"}
-    assert {x.device.type for x in model._vae.parameters()} == {"cpu"}
+    assert {x.device.type for x in model.vae.parameters()} == {"cpu"}
     model.decode(latents)
     assert {x.device.type for x in model.transformer.parameters()} == {"cpu"}
-    assert {x.device.type for x in model._vae.parameters()} == {"cuda"}
+    assert {x.device.type for x in model.vae.parameters()} == {"cuda"}
 
 
 def test_a_layer_of_full_size_needs_the_bytes_of_the_plan() -> None:

@@ -56,7 +56,7 @@ def test_offload_changes_no_bit(fixture: str, request: pytest.FixtureRequest) ->
     for expected, found in zip(render(plain, config), render(offloaded, other_config), strict=True):
         assert torch.equal(found, expected)
     # Accelerate's hooks are there, and each part sends the other away.
-    transformer, vae = offloaded.transformer, offloaded._vae
+    transformer, vae = offloaded.transformer, offloaded.vae
     assert transformer._hf_hook.prev_module_hook.model is vae
     assert vae._hf_hook.prev_module_hook.model is transformer
     assert config_hash(config) == config_hash(other_config)
