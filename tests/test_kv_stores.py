@@ -64,17 +64,30 @@ def open_store(
     fetch: Callable[[int, int], PackedStep], branches: tuple[Branch, ...] = BOTH
 ) -> Iterator[PulledKVStore]:
     """Open the store of a gang of one, which reads what a gang of one wrote."""
+    with open_share(lambda run, step: [fetch(run, step)], ALL, branches) as store:
+        yield store
+
+
+@contextmanager
+def open_share(
+    fetch: Callable[[int, int], list[PackedStep]],
+    share: RankShare,
+    branches: tuple[Branch, ...] = BOTH,
+    passes: tuple[tuple[Branch, ...], ...] = BATCHED,
+) -> Iterator[PulledKVStore]:
     store = PulledKVStore(
-        lambda run, step: [fetch(run, step)],
-        share=ALL,
+        fetch,
+        share=share,
         layers=LAYERS,
         branches=branches,
-        passes=BATCHED,
+        passes=passes,
         config_hash=CONFIG,
         nbytes=12,
     )
-    yield store
-    store.close()
+    try:
+        yield store
+    finally:
+        store.close()
 
 
 def damage(packed: PackedStep, position: int, change: int) -> PackedStep:
@@ -280,17 +293,6 @@ def test_every_rank_reads_its_branches_and_heads_whoever_wrote_them(
         needed = overlapping(share, writers.shares(6), branches)
         packs = [sent(packed) for rank in needed if (packed := blocks[rank])]
         assert len(packs) == len(needed)
-        fetched = packs[::-1]  # in any order
-        store = PulledKVStore(
-            lambda run, step, fetched=fetched: fetched,
-            share=share,
-            layers=LAYERS,
-            branches=branches,
-            passes=passes,
-            config_hash=CONFIG,
-            nbytes=0,
-        )
-        store.begin((0,))
         read = [
             AttentionSite(0, layer, branch)
             for together in passes
@@ -299,54 +301,39 @@ def test_every_rank_reads_its_branches_and_heads_whoever_wrote_them(
             if branch in branches and branch in share.branches
         ]
         heads = slice(share.first_head, share.last_head)
-        for site in read:
-            shard = store.get(site)
-            assert torch.equal(shard.key_BMHD, shards[site].key_BMHD[:, :, heads])
-            assert torch.equal(shard.value_BMHD, shards[site].value_BMHD[:, :, heads])
-        with pytest.raises(CacheMissError, match="nothing is next"):
-            store.get(AttentionSite(0, 1, "cond"))
-        store.close()
+        in_any_order = packs[::-1]
+        with open_share(lambda run, step, p=in_any_order: p, share, branches, passes) as store:
+            store.begin((0,))
+            for site in read:
+                shard = store.get(site)
+                assert torch.equal(shard.key_BMHD, shards[site].key_BMHD[:, :, heads])
+                assert torch.equal(shard.value_BMHD, shards[site].value_BMHD[:, :, heads])
+            with pytest.raises(CacheMissError, match="nothing is next"):
+                store.get(AttentionSite(0, 1, "cond"))
 
 
 @pytest.mark.parametrize("kept", [[0], [0, 1, 1], []], ids=["one lacks", "one twice", "none"])
 def test_a_step_that_lacks_heads_or_has_them_twice_is_refused(kept: list[int]) -> None:
     _, blocks = written_by(Gang(2), BRANCHES, torch.float32)
-    store = PulledKVStore(
-        lambda run, step: [blocks[rank] for rank in kept],
-        share=RankShare(BRANCHES, 0, 6),
-        layers=LAYERS,
-        branches=BRANCHES,
-        passes=BATCHED,
-        config_hash=CONFIG,
-        nbytes=0,
-    )
-    store.begin((0,))
-    with pytest.raises(CacheMissError, match=r"of step 0, branch uncond, came the heads \["):
-        store.get(AttentionSite(0, 1, "uncond"))
-    store.close()
+    with open_share(lambda run, step: [blocks[rank] for rank in kept], RankShare(BOTH, 0, 6)) as (
+        store
+    ):
+        store.begin((0,))
+        with pytest.raises(CacheMissError, match=r"of step 0, branch uncond, came the heads \["):
+            store.get(AttentionSite(0, 1, "uncond"))
 
 
 @pytest.mark.parametrize("position", [0, 900, 3000])
 def test_a_changed_byte_is_found_also_where_some_heads_are_read(position: int) -> None:
     shards, blocks = written_by(Gang(2), BRANCHES, torch.float32)
-    share = RankShare(BRANCHES, 2, 2)  # one head of each block
     whole = [packed for packed in blocks if packed]
-    bad = [damage(whole[0], position, 1), whole[1]]
-    given = [bad, whole]
-    store = PulledKVStore(
-        lambda run, step: given.pop(0),
-        share=share,
-        layers=LAYERS,
-        branches=BRANCHES,
-        passes=BATCHED,
-        config_hash=CONFIG,
-        nbytes=0,
-    )
-    store.begin((0,))
-    for site in sites_of(0, LAYERS, BRANCHES):
-        assert torch.equal(store.get(site).key_BMHD, shards[site].key_BMHD[:, :, 2:4])
+    given = [[damage(whole[0], position, 1), whole[1]], whole]
+    one_head_of_each = RankShare(BOTH, 2, 2)
+    with open_share(lambda run, step: given.pop(0), one_head_of_each) as store:
+        store.begin((0,))
+        for site in sites_of(0, LAYERS, BRANCHES):
+            assert torch.equal(store.get(site).key_BMHD, shards[site].key_BMHD[:, :, 2:4])
     assert not given
-    store.close()
 
 
 @settings(max_examples=60, deadline=None)
