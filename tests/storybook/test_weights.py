@@ -1,4 +1,4 @@
-"""The model that the package ships: loads everywhere, is small, and does what its card says."""
+"""The models that the package ships: load everywhere, are small, and do what their cards say."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXPipeline, DiffusionPipeline, WanPipeline
 
 from bachvid import RenderConfig, Story, StoryRenderer
 from bachvid.events import Done
+from bachvid.facts import EMBEDDED
 from bachvid.metrics.evaluate import evaluate_run
 from bachvid.storybook.judge import Judge
-from bachvid.storybook.model import WEIGHTS
 from bachvid.storybook.train_judge import answer_questions
 from bachvid.storybook.training import render_clips
 from bachvid.storybook.world import ACTIONS, ATTRIBUTES, BACKGROUNDS, CHARACTERS
@@ -36,14 +36,19 @@ STORY = Story.model_validate(
 
 
 def test_the_weights_are_small_safetensors() -> None:
-    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    files = [path for root in EMBEDDED.values() for path in root.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 40_000_000
     assert {path.suffix for path in files} == {".safetensors", ".json", ".md"}
 
 
-def test_the_stock_pipeline_loads_the_weights() -> None:
-    pipeline = CogVideoXPipeline.from_pretrained(
-        WEIGHTS, torch_dtype=torch.float32, use_safetensors=True
+@pytest.mark.parametrize(
+    ("name", "pipeline_class"), [("storybook", CogVideoXPipeline), ("storybook-wan", WanPipeline)]
+)
+def test_the_stock_pipeline_loads_the_weights(
+    name: str, pipeline_class: type[DiffusionPipeline]
+) -> None:
+    pipeline = pipeline_class.from_pretrained(
+        EMBEDDED[name], torch_dtype=torch.float32, use_safetensors=True
     )
     pipeline.set_progress_bar_config(disable=True)
     video = pipeline(
@@ -75,13 +80,16 @@ def test_the_judge_is_as_good_as_the_bar() -> None:
         assert np.mean([a == b for a, b in zip(read, asked, strict=True)]) >= 0.95
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture(scope="module", params=EMBEDDED)
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """One scene with the defaults but different noise, and its vanilla twin."""
     found = {}
     for name in ("bachvid", "none"):
         found[name] = tmp_path_factory.mktemp(name) / "run"
-        keys = [f"method.name={name}", "sampling.noise=independent", "output.frames=true"]
+        keys = [f"model.id={request.param}", f"method.name={name}"]
+        keys += ["sampling.noise=independent", "output.frames=true"]
         with StoryRenderer(RenderConfig.from_yaml(None, keys), found[name]) as renderer:
             events = list(renderer.stream(STORY))
         assert sum(isinstance(event, Done) for event in events) == 3
