@@ -189,10 +189,10 @@ def test_damaged_keys_and_values_are_rendered_again(
     publish = Publication.publish
     damaged: list[int] = []
 
-    def damage_one(self: Publication, part: int, ref: ray.ObjectRef) -> None:
-        publish(self, part, ref)
+    def damage_one(self: Publication, part: int, refs: dict[int, ray.ObjectRef]) -> None:
+        publish(self, part, refs)
         if part == 3 and not damaged:
-            payload = ray.get(ref).payload
+            payload = ray.get(refs[0]).payload
             assert not payload.flags.writeable
             torch.from_numpy(payload)[len(payload) // 2] ^= 1  # Ray does not keep torch from it
             damaged.append(part)
