@@ -98,7 +98,9 @@ def test_three_nodes_give_the_latents_of_one_process(
     assert hashes(tmp_path / "run") == expected
     assert len([event for event in events if isinstance(event, Done)]) == 5
     nodes = {
-        match for row in caplog.messages for match in re.findall(r"placed id=\d+ rank=0 node=(\w+)", row)
+        match
+        for row in caplog.messages
+        for match in re.findall(r"placed id=\d+ rank=0 node=(\w+)", row)
     }
     assert len(nodes) == 3
 
