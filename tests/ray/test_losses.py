@@ -166,7 +166,10 @@ def test_thirty_random_losses_change_nothing(
     assert killed.total() == 30
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_ends_a_render_with_its_own_exit_code(
     number: signal.Signals,
     code: int,

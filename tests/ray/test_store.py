@@ -143,6 +143,7 @@ def pid_of(video: str, caplog: pytest.LogCaptureFixture) -> int:
     return {row["id"]: int(row["pid"]) for row in rows if "pid" in row}[jobs[video]]
 
 
+@pytest.mark.slow
 def test_a_scene_whose_identity_video_dies_twice_fails_alone(
     three_nodes: Cluster,
     tiny_cogvideox_folder: Path,
@@ -252,6 +253,7 @@ def test_keys_and_values_that_went_with_their_node_are_rendered_again(
     assert_forest_was_rendered_again(events, tmp_path, expected)
 
 
+@pytest.mark.slow
 def test_the_terminal_shows_our_words_when_a_node_is_lost(
     tiny_cogvideox_folder: Path, tmp_path: Path
 ) -> None:
