@@ -93,7 +93,7 @@ def store_summary(address: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("policy", ["window", "retain"])
+@pytest.mark.parametrize("policy", ["window", pytest.param("retain", marks=pytest.mark.slow)])
 def test_a_window_of_steps_is_alive_and_nothing_is_spilled(
     policy: str,
     three_nodes: Cluster,
