@@ -156,9 +156,7 @@ class LocalPool:
         self._worker: ModelWorker | None = None
         self._caches: dict[str, IdentityCache] = {}
         self._job: Job | None = None
-        self._run: (
-            Generator[RunStep | IdentityCache | PreviewFrames, None, RenderedVideo | None] | None
-        ) = None
+        self._run: _Run | None = None
 
     def has_cache(self, job: Job) -> bool:
         """Open the cache that an identity video left in `cache.directory` in another render."""

@@ -87,7 +87,6 @@ class GangWorker:
         self.id, self.place = number, place
         self.since = time.monotonic()
         self.node = ""
-        self.made_with: Mapping[str, str] | None = None
         self.stream: Stream | None = None
         self._meeting = f"bachvid-{uuid.uuid4().hex}"  # a file where the ranks meet
         self.ranks = [self._start(config, rank) for rank in range(place.gang.size)]
@@ -110,6 +109,11 @@ class GangWorker:
     def is_starting(self) -> bool:
         """Whether a rank is being placed, or loads its model."""
         return any(rank.starting is not None for rank in self.ranks)
+
+    @property
+    def made_with(self) -> Mapping[str, str] | None:
+        """What its videos are made with; None before all ranks have loaded their model."""
+        return None if self.is_starting else self.ranks[0].made_with
 
     @property
     def is_gang(self) -> bool:

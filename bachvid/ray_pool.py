@@ -472,14 +472,13 @@ class RayPool:
             worker.node, rank.pid = answer
             name = (worker.id, rank.index, worker.node, rank.pid)
             logger.info("worker placed id=%d rank=%d node=%s pid=%d", *name)
-        elif rank.index == 0:
+        else:
             rank.made_with = answer
         if worker.is_starting:
             return []
         if not is_placed:
             worker.load()
         else:
-            worker.made_with = worker.ranks[0].made_with
             logger.info("worker ready id=%d", worker.id)
         return []
 

@@ -171,7 +171,7 @@ def transformer(
         _stage("transformer", family),
         _text_to_video(family),
         cogvideox_noised if family == "cogvideox" else flow,
-        Prompts() if family == "cogvideox" else Prompts(train_wan.UNMARKED),
+        Prompts(only_nouns=family == "wan"),
         lambda step: scaled["easy" if step < easy_steps else "varied"],
         settings,
         steps=steps,

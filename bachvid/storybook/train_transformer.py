@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bachvid.storybook import model as storybook
 from bachvid.storybook.training import Clips, Settings, Trainer, to_video, warm_then_decay
 from bachvid.storybook.world import ACTIONS, BACKGROUNDS, CHARACTERS
+from bachvid.words import content_words
 
 _BATCH = 16
 MASK_LAYERS = (2, 3, 4, 5)  # whose attention to the prompt is trained to find the character
@@ -185,12 +186,12 @@ def cogvideox_noised(clean: Tensor, timestep: Tensor, noise: Tensor) -> tuple[Te
 class Prompts:
     """Token ids and spans of every caption, with parts left out for guidance and robustness.
 
-    The spans leave out `unmarked` words.
+    With `only_nouns` the spans leave out function words, as masks by nouns do.
     """
 
-    def __init__(self, unmarked: frozenset[str] = frozenset()) -> None:
+    def __init__(self, *, only_nouns: bool = False) -> None:
         self.tokenizer = storybook.build_tokenizer()
-        self._unmarked = unmarked
+        self._only_nouns = only_nouns
         self._cache: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def encode(self, labels: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -203,11 +204,13 @@ class Prompts:
                 text, padding="max_length", return_offsets_mapping=True, return_tensors="pt"
             )
             spans = torch.zeros(2, storybook.TEXT_TOKENS, dtype=torch.bool)
+            nouns = content_words(text)
             for row, part in enumerate(parts[:2]):
                 start = text.index(part)
                 for token, (left, right) in enumerate(encoded["offset_mapping"][0].tolist()):
                     is_inside = bool(part) and start <= left < right <= start + len(part)
-                    spans[row, token] = is_inside and text[left:right] not in self._unmarked
+                    is_marked = not self._only_nouns or (left, right) in nouns
+                    spans[row, token] = is_inside and is_marked
             self._cache[labels] = encoded["input_ids"][0], spans
         return self._cache[labels]
 

@@ -12,7 +12,6 @@ from bachvid.storybook import wan
 from bachvid.storybook.train_transformer import MASK_LAYERS, Trainee
 from bachvid.storybook.training import Clips, Settings, Trainer, to_video, warm_then_decay
 
-UNMARKED = frozenset({"a", "in", "with"})  # words that no mask of this family averages over
 _LATENT_NOISE = 0.1  # of their deviation: what sampled latents are off, at least
 
 

@@ -126,7 +126,7 @@ def train_cogvideox(latents: Latents, settings: Settings, steps: int) -> bool:
 
 
 def test_prompts_may_leave_words_unmarked() -> None:
-    _, spans = Prompts(train_wan.UNMARKED).encode((5, 0, 3))
+    _, spans = Prompts(only_nouns=True).encode((5, 0, 3))
     assert spans.sum(1).tolist() == [3, 3]  # rocky coast lighthouse; girl yellow dress
 
 
@@ -143,7 +143,7 @@ def test_the_wan_family_learns_the_same_latents_and_prompts(tmp_path: Path) -> N
             "transformer-wan",
             train_wan.WanTextToVideo(),
             train_wan.flow,
-            Prompts(train_wan.UNMARKED),
+            Prompts(only_nouns=True),
             lambda step: latents,
             settings,
             steps=2,
