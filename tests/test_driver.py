@@ -215,6 +215,12 @@ def test_another_config_is_refused(run: Path, tiny_cogvideox_folder: Path) -> No
 
 
 @pytest.mark.parametrize("num_events", [6, 14])
+@pytest.mark.parametrize("key", ["identity_gpus", "gpus_per_frame_actor"])
+def test_one_process_is_no_gang(key: str, tiny_cogvideox_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^parallel.{key}: is 2: this process is one rank; "):
+        render(tiny_cogvideox_folder, tmp_path / "run", f"parallel.{key}=2")
+
+
 def test_a_cancelled_render_goes_on_to_the_same_videos(
     finished: tuple[Path, list[Event]],
     tiny_cogvideox_folder: Path,
