@@ -209,18 +209,18 @@ def test_a_failed_identity_fails_only_its_scene(run: Path, tiny_cogvideox_folder
     assert ("sea", "runs") in kinds(events, Done)
 
 
-def test_another_config_is_refused(run: Path, tiny_cogvideox_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sampling\.num_steps was 2, is 3"):
-        render(tiny_cogvideox_folder, run, "sampling.num_steps=3")
-
-
-@pytest.mark.parametrize("num_events", [6, 14])
 @pytest.mark.parametrize("key", ["identity_gpus", "gpus_per_frame_actor"])
 def test_one_process_is_no_gang(key: str, tiny_cogvideox_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"^parallel.{key}: is 2: this process is one rank; "):
         render(tiny_cogvideox_folder, tmp_path / "run", f"parallel.{key}=2")
 
 
+def test_another_config_is_refused(run: Path, tiny_cogvideox_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sampling\.num_steps was 2, is 3"):
+        render(tiny_cogvideox_folder, run, "sampling.num_steps=3")
+
+
+@pytest.mark.parametrize("num_events", [6, 14])
 def test_a_cancelled_render_goes_on_to_the_same_videos(
     finished: tuple[Path, list[Event]],
     tiny_cogvideox_folder: Path,
