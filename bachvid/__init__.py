@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bachvid.config import RenderConfig
-    from bachvid.driver import StoryRenderer
+    from bachvid.driver.renderer import StoryRenderer
     from bachvid.errors import BachvidError
-    from bachvid.story import Action, Scene, Story
+    from bachvid.inputs.config import RenderConfig
+    from bachvid.inputs.story import Action, Scene, Story
 
 __all__ = [
     "Action",
@@ -27,12 +27,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Action": "bachvid.story",
+    "Action": "bachvid.inputs.story",
     "BachvidError": "bachvid.errors",
-    "RenderConfig": "bachvid.config",
-    "Scene": "bachvid.story",
-    "Story": "bachvid.story",
-    "StoryRenderer": "bachvid.driver",
+    "RenderConfig": "bachvid.inputs.config",
+    "Scene": "bachvid.inputs.story",
+    "Story": "bachvid.inputs.story",
+    "StoryRenderer": "bachvid.driver.renderer",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bachvid.cli import main
+from bachvid.cli.main import main
 
 if __name__ == "__main__":
     main()

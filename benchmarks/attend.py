@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bachvid.attention import QKV, KVGroup, Rotary, attend
-from bachvid.tokens import TokenLayout
+from bachvid.attention.attend import QKV, KVGroup, Rotary, attend
+from bachvid.layout.tokens import TokenLayout
 
 HEAD_DIM = 64
 REPEATS = 7

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import click
 
-from bachvid.config import RenderConfig
-from bachvid.driver import StoryRenderer
-from bachvid.events import Failed
+from bachvid.driver.events import Failed
+from bachvid.driver.renderer import StoryRenderer
+from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.story import Story
 from bachvid.metrics.evaluate import Evaluation, evaluate_run
 from bachvid.metrics.table import METRICS
-from bachvid.story import Story
 
 POLICIES = ("independent", "same")
 METHODS = {

@@ -19,7 +19,7 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBloc
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
 
-from bachvid.attention import (
+from bachvid.attention.attend import (
     QKV,
     AttentionControl,
     AttentionSite,
@@ -28,14 +28,14 @@ from bachvid.attention import (
     RunContext,
     attend,
 )
-from bachvid.cache import KVShard
-from bachvid.facts import PUBLISHED, ModelFacts
-from bachvid.gangs import BRANCHES, Gang
-from bachvid.kv_packing import StepPacker
-from bachvid.methods.injection import InjectedTokens, inject_identity_kv
+from bachvid.catalog.registry import PUBLISHED, ModelFacts
+from bachvid.kv.cache import KVShard
+from bachvid.kv.packing import StepPacker
+from bachvid.layout.gangs import BRANCHES, Gang
+from bachvid.layout.tokens import TokenLayout
+from bachvid.methods.ops.injection import InjectedTokens, inject_identity_kv
 from bachvid.models.cogvideox import CogVideoXControlledProcessor
 from bachvid.models.wan import WanCrossAttention, WanSelfAttention
-from bachvid.tokens import TokenLayout
 
 MODELS = (
     "THUDM/CogVideoX-2b",

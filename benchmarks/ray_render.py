@@ -20,11 +20,11 @@ from pathlib import Path
 
 import click
 
-from bachvid.config import RenderConfig
-from bachvid.driver import StoryRenderer
-from bachvid.events import Done, IdentityStep
-from bachvid.journal import read_run
-from bachvid.story import IDENTITY_ID, Story
+from bachvid.driver.events import Done, IdentityStep
+from bachvid.driver.renderer import StoryRenderer
+from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.story import IDENTITY_ID, Story
+from bachvid.output.journal import read_run
 
 
 class Waits(logging.Handler):

@@ -19,12 +19,12 @@ from heapq import heappop, heappush
 
 import click
 
-from bachvid.cluster import ClusterFacts, NodeFacts, plan_execution
-from bachvid.config import RenderConfig, read_steps, recorded_steps, resolve_config
-from bachvid.facts import PUBLISHED
-from bachvid.plan import identity_cache_bytes
-from bachvid.schedule import Policy, SceneWork, Schedule, Slot
-from bachvid.story import IDENTITY_ID
+from bachvid.catalog.registry import PUBLISHED
+from bachvid.inputs.config import RenderConfig, read_steps, recorded_steps, resolve_config
+from bachvid.inputs.story import IDENTITY_ID
+from bachvid.planning.placement import ClusterFacts, NodeFacts, plan_execution
+from bachvid.planning.plan import identity_cache_bytes
+from bachvid.scheduling.schedule import Policy, SceneWork, Schedule, Slot
 
 MODEL = PUBLISHED["THUDM/CogVideoX-5b"]
 NUM_ACTIONS = 10_000

@@ -19,16 +19,16 @@ from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bachvid.actors import ModelWorker
-from bachvid.config import RenderConfig, resolve_config
-from bachvid.facts import load_facts
+from bachvid.catalog.registry import load_facts
+from bachvid.engine.worker import ModelWorker
+from bachvid.inputs.config import RenderConfig, resolve_config
 from bachvid.methods.base import Observation
-from bachvid.methods.matching import TokenMatch, match_tokens, match_within_foreground
+from bachvid.methods.ops.matching import TokenMatch, match_tokens, match_within_foreground
 from bachvid.models.base import attention_control
-from bachvid.plan import VideoPlan
-from bachvid.prompts import compose_prompt
-from bachvid.storybook.train_transformer import TOKEN_IS_CHARACTER, pool_to_tokens
-from bachvid.storybook.training import to_video
+from bachvid.planning.plan import VideoPlan
+from bachvid.prompts.compose import compose_prompt
+from bachvid.storybook.train.common import to_video
+from bachvid.storybook.train.transformer import TOKEN_IS_CHARACTER, pool_to_tokens
 from bachvid.storybook.world import ACTIONS, BACKGROUNDS, CHARACTERS, Clip, render_clip
 
 FIRST_SEED = 20_000_000

@@ -19,10 +19,10 @@ import numpy as np
 import ray
 import torch
 
-from bachvid.cache import KVShard
-from bachvid.gangs import RankShare
-from bachvid.kv_packing import PackedStep, StepPacker, sites_of
-from bachvid.kv_stores import PulledKVStore
+from bachvid.kv.cache import KVShard
+from bachvid.kv.packing import PackedStep, StepPacker, sites_of
+from bachvid.kv.pulling import PulledKVStore
+from bachvid.layout.gangs import RankShare
 
 LAYERS, BRANCHES = tuple(range(8)), ("cond",)
 SHAPE = (1, 4096, 16, 64)  # keys of one layer: tokens x heads x channels, 8 MiB in bfloat16

@@ -29,7 +29,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from bachvid.profiles import wan_profiles
+from bachvid.catalog.profiles import wan_profiles
 
 TEXT_TOKENS = 16
 PIXEL_FRAMES, HEIGHT, WIDTH = 5, 32, 48

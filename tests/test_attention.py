@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from torch import Tensor
 
-from bachvid.attention import (
+from bachvid.attention.attend import (
     QKV,
     AttentionControl,
     AttentionSite,
@@ -18,7 +18,7 @@ from bachvid.attention import (
     controlled_cross_attention,
 )
 from bachvid.errors import LayoutError
-from bachvid.tokens import TokenLayout
+from bachvid.layout.tokens import TokenLayout
 
 LAYOUT = TokenLayout(text_tokens=5, latent_frames=2, grid_height=4, grid_width=3)
 HEADS, WIDTH = 3, 16

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from json_models import write_json_model
 
-from bachvid.cli import main
+from bachvid.cli.main import main
 
 
 class Desk:

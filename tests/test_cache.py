@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bachvid.attention import AttentionSite
-from bachvid.cache import IdentityCache, KVShard, MemoryKVStore
+from bachvid.attention.attend import AttentionSite
 from bachvid.errors import CacheMissError, LayoutError
-from bachvid.tokens import TokenLayout
+from bachvid.kv.cache import IdentityCache, KVShard, MemoryKVStore
+from bachvid.layout.tokens import TokenLayout
 
 LAYOUT = TokenLayout(text_tokens=4, latent_frames=2, grid_height=3, grid_width=5)
 CACHE = IdentityCache(

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from json_models import write_json_model
 
 from bachvid import __version__
-from bachvid.cli import main
+from bachvid.cli.main import main
 
 STORY = """\
 title: A walk

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from bachvid.cache_policy import format_bytes
-from bachvid.cluster import (
+from bachvid.catalog.registry import PUBLISHED
+from bachvid.errors import ConfigError
+from bachvid.inputs.config import RenderConfig, recorded_steps, resolve_config
+from bachvid.planning.cache_room import format_bytes
+from bachvid.planning.placement import (
     ClusterFacts,
     ExecutionPlan,
     NodeFacts,
@@ -16,10 +19,7 @@ from bachvid.cluster import (
     parallel_degrees,
     plan_execution,
 )
-from bachvid.config import RenderConfig, recorded_steps, resolve_config
-from bachvid.errors import ConfigError
-from bachvid.facts import PUBLISHED
-from bachvid.plan import identity_cache_bytes
+from bachvid.planning.plan import identity_cache_bytes
 
 FACTS = PUBLISHED["THUDM/CogVideoX-5b"]
 GB = 10**9

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from bachvid.config import (
+from bachvid.catalog.registry import PUBLISHED, ModelFacts
+from bachvid.errors import ConfigError
+from bachvid.inputs.config import (
     MethodConfig,
     RenderConfig,
     config_hash,
@@ -15,8 +17,6 @@ from bachvid.config import (
     recorded_steps,
     resolve_config,
 )
-from bachvid.errors import ConfigError
-from bachvid.facts import PUBLISHED, ModelFacts
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FACTS = PUBLISHED["THUDM/CogVideoX-5b"]

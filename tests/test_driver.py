@@ -13,9 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bachvid.actors import ModelWorker, array_sha256
-from bachvid.config import RenderConfig
-from bachvid.driver import (
+from bachvid.driver.renderer import (
     Done,
     Event,
     Failed,
@@ -25,12 +23,14 @@ from bachvid.driver import (
     Published,
     StoryRenderer,
 )
+from bachvid.engine.sampling import denoise
+from bachvid.engine.worker import ModelWorker, array_sha256
 from bachvid.errors import ConfigError
-from bachvid.journal import read_run
-from bachvid.plan import render_plan
-from bachvid.prompts import Prompt
-from bachvid.sampling import denoise
-from bachvid.story import Story
+from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.story import Story
+from bachvid.output.journal import read_run
+from bachvid.planning.plan import render_plan
+from bachvid.prompts.compose import Prompt
 
 STORY = Story.model_validate(
     {
@@ -323,9 +323,7 @@ def test_method_none_is_the_model_alone(
 
 
 def test_the_driver_imports_no_torch() -> None:
-    code = (
-        "import sys, bachvid.driver; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
-    )
+    code = "import sys, bachvid.driver.renderer; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

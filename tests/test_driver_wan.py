@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bachvid.config import RenderConfig
-from bachvid.driver import Done, Failed, Preview, StoryRenderer
-from bachvid.journal import VideoRecord, read_run
-from bachvid.story import Story
+from bachvid.driver.renderer import Done, Failed, Preview, StoryRenderer
+from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.story import Story
+from bachvid.output.journal import VideoRecord, read_run
 
 STORY = Story.model_validate(
     {

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from json_models import STORYBOOK, VOCABULARY, write_json_model, write_json_wan
 
-from bachvid.config import ModelConfig, VideoConfig
+from bachvid.catalog.registry import PUBLISHED, ModelFacts, load_facts
 from bachvid.errors import BachvidError, ConfigError, ModelSupportError
-from bachvid.facts import PUBLISHED, ModelFacts, load_facts
+from bachvid.inputs.config import ModelConfig, VideoConfig
 
 
 @pytest.fixture

@@ -103,9 +103,9 @@ def test_only_ray_rooms_import_ray_and_nobody_imports_xfuser_at_once() -> None:
     ("module", "unwanted"),
     [
         ("bachvid", ("torch", "pydantic", "yaml")),
-        ("bachvid.cli", ("torch", "pydantic", "yaml", "rich", "ray")),
-        ("bachvid.plan", ("torch", "transformers", "diffusers", "ray", "huggingface_hub")),
-        ("bachvid.driver", ("torch", "transformers", "diffusers")),
+        ("bachvid.cli.main", ("torch", "pydantic", "yaml", "rich", "ray")),
+        ("bachvid.planning.plan", ("torch", "transformers", "diffusers", "ray", "huggingface_hub")),
+        ("bachvid.driver.renderer", ("torch", "transformers", "diffusers")),
     ],
 )
 def test_importing_a_module_loads_nothing_heavy(module: str, unwanted: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bachvid.kv_bytes import checksum, copy_and_sum
+from bachvid.kv.pieces import checksum, copy_and_sum
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from bachvid.attention import AttentionSite
-from bachvid.cache import IdentityCache, KVShard
+from bachvid.attention.attend import AttentionSite
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
-from bachvid.kv_files import FileKVStore
-from bachvid.kv_packing import sites_of
-from bachvid.tokens import TokenLayout
+from bachvid.kv.cache import IdentityCache, KVShard
+from bachvid.kv.files import FileKVStore
+from bachvid.kv.packing import sites_of
+from bachvid.layout.tokens import TokenLayout
 
 LAYOUT = TokenLayout(text_tokens=2, latent_frames=2, grid_height=2, grid_width=3)
 LAYERS, BOTH, STEPS = (1, 4), ("uncond", "cond"), (0, 2)

@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bachvid.attention import AttentionSite
-from bachvid.cache import KVShard
+from bachvid.attention.attend import AttentionSite
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
-from bachvid.gangs import BRANCHES, Branch, Gang, RankShare, overlapping
-from bachvid.kv_packing import PackedStep, StepPacker, sites_of
-from bachvid.kv_stores import PulledKVStore
+from bachvid.kv.cache import KVShard
+from bachvid.kv.packing import PackedStep, StepPacker, sites_of
+from bachvid.kv.pulling import PulledKVStore
+from bachvid.layout.gangs import BRANCHES, Branch, Gang, RankShare, overlapping
 
 LAYERS, BOTH = (1, 4, 5, 8), ("uncond", "cond")
 SHAPE = (1, 7, 3, 5)  # 105 numbers: the pieces need padding in every dtype

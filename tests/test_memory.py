@@ -21,8 +21,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-from bachvid import memory
-from bachvid.attention import (
+from bachvid.attention.attend import (
     ALONE,
     QKV,
     AttentionControl,
@@ -32,18 +31,19 @@ from bachvid.attention import (
     RunContext,
     SequenceGroup,
 )
-from bachvid.cache import KVShard
-from bachvid.config import ModelConfig, RenderConfig, resolve_config
+from bachvid.attention.parallel import JoinedGroup
+from bachvid.catalog.files import PartSize
+from bachvid.catalog.registry import PUBLISHED, ModelFacts, load_facts
 from bachvid.errors import ModelSupportError
-from bachvid.facts import PUBLISHED, ModelFacts, load_facts
-from bachvid.gangs import Gang
-from bachvid.memory import PUBLISHED_PARTS, WeightBytes, rank_memory, weight_bytes
-from bachvid.methods.injection import InjectedTokens, inject_identity_kv
-from bachvid.model_files import PartSize
+from bachvid.inputs.config import ModelConfig, RenderConfig, resolve_config
+from bachvid.kv.cache import KVShard
+from bachvid.layout.gangs import Gang
+from bachvid.methods.ops.injection import InjectedTokens, inject_identity_kv
 from bachvid.models import cogvideox, wan
 from bachvid.models.base import shard_tokens
-from bachvid.parallel import JoinedGroup
-from bachvid.plan import identity_cache_bytes
+from bachvid.planning import memory
+from bachvid.planning.memory import PUBLISHED_PARTS, WeightBytes, rank_memory, weight_bytes
+from bachvid.planning.plan import identity_cache_bytes
 
 COG_2B, COG_5B = "THUDM/CogVideoX-2b", "THUDM/CogVideoX-5b"
 WAN_1B, WAN_14B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 
-from bachvid.gangs import Gang
-from bachvid.parallel import join_group, share_decoder
+from bachvid.attention.parallel import join_group, share_decoder
+from bachvid.layout.gangs import Gang
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -11,12 +11,12 @@ import pytest
 from bad_inputs import GOOD_STORY
 from json_models import write_json_model, write_json_wan
 
-from bachvid.cluster import ClusterFacts, NodeFacts
-from bachvid.config import RenderConfig
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.plan import RenderPlan, render_plan
-from bachvid.plan_text import plan_json, plan_text
-from bachvid.story import Story
+from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.story import Story
+from bachvid.planning.placement import ClusterFacts, NodeFacts
+from bachvid.planning.plan import RenderPlan, render_plan
+from bachvid.planning.text import plan_json, plan_text
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_planning_loads_neither_torch_nor_diffusers(folder: Path, tmp_path: Path
     path.write_text(GOOD_STORY)
     code = (
         "import sys\n"
-        "from bachvid.cli import main\n"
+        "from bachvid.cli.main import main\n"
         f"main(['plan', {str(path)!r}, '--set', 'model.id={folder}'], standalone_mode=False)\n"
         "loaded = {'torch', 'diffusers', 'transformers', 'ray', 'av'} & set(sys.modules)\n"
         "sys.exit(f'loaded {loaded}' if loaded else 0)\n"

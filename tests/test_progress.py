@@ -8,11 +8,11 @@ import pytest
 from bad_inputs import GOOD_STORY
 from json_models import write_json_model
 
-from bachvid.config import RenderConfig
-from bachvid.events import Done, Event, Failed, FrameStep, IdentityStep, Published, Queued
-from bachvid.plan import RenderPlan, render_plan
-from bachvid.progress import BarProgress, LineProgress, stage_line
-from bachvid.story import Story
+from bachvid.cli.progress import BarProgress, LineProgress, stage_line
+from bachvid.driver.events import Done, Event, Failed, FrameStep, IdentityStep, Published, Queued
+from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.story import Story
+from bachvid.planning.plan import RenderPlan, render_plan
 
 DONE = Done("coast", "jumps", Path("run/coast/jumps.mp4"), 1.25, (), False)
 

@@ -11,10 +11,10 @@ from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 
-from bachvid.config import ModelConfig
+from bachvid.catalog.registry import Vocabulary, load_facts
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.facts import Vocabulary, load_facts
-from bachvid.prompts import (
+from bachvid.inputs.config import ModelConfig
+from bachvid.prompts.compose import (
     Prompt,
     PromptPart,
     PromptSpan,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bachvid.events import RunStep
-from bachvid.publication import Publication
+from bachvid.driver.events import RunStep
+from bachvid.scheduling.publication import Publication
 
 READS = ((), (0, 1), (0, 1, 2, 3))  # a plain pre-pass, one that injects, the main run
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from bachvid.errors import BachvidError, ConfigError
-from bachvid.journal import JOURNAL, RunHeader, VideoRecord, read_run
-from bachvid.rundir import RunDirectory, content_sha256, write_atomically
+from bachvid.output.journal import JOURNAL, RunHeader, VideoRecord, read_run
+from bachvid.output.run_directory import RunDirectory, content_sha256, write_atomically
 
 HEADER = RunHeader(
     story={"title": "t", "scenes": [{"id": "s", "actions": ["jumps", "waves"]}]},

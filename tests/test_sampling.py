@@ -10,15 +10,21 @@ import torch
 from diffusers import CogVideoXDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from bachvid.attention import QKV, AttentionControl, AttentionSite, KVGroup, RunContext
-from bachvid.cache import MemoryKVStore
-from bachvid.config import ModelConfig, RenderConfig, SamplingConfig, VideoConfig, resolve_config
-from bachvid.facts import load_facts
+from bachvid.attention.attend import QKV, AttentionControl, AttentionSite, KVGroup, RunContext
+from bachvid.catalog.registry import load_facts
+from bachvid.engine.sampling import Denoised, denoise
+from bachvid.inputs.config import (
+    ModelConfig,
+    RenderConfig,
+    SamplingConfig,
+    VideoConfig,
+    resolve_config,
+)
+from bachvid.kv.cache import MemoryKVStore
 from bachvid.methods.bachvid import IdentityRecorder
 from bachvid.methods.base import MethodSettings
 from bachvid.models.base import VideoModel, load_model
-from bachvid.prompts import Prompt, PromptTokenizer, compose_prompt
-from bachvid.sampling import Denoised, denoise
+from bachvid.prompts.compose import Prompt, PromptTokenizer, compose_prompt
 
 PROMPT = compose_prompt("a snowy forest", "a girl in a yellow dress", "jumps")
 SEED = 7

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bachvid.schedule import (
+from bachvid.inputs.story import IDENTITY_ID
+from bachvid.scheduling.schedule import (
     FRAME_ATTEMPTS,
     IDENTITY_ATTEMPTS,
     Assignment,
@@ -18,7 +19,6 @@ from bachvid.schedule import (
     Schedule,
     Slot,
 )
-from bachvid.story import IDENTITY_ID
 
 Started = list[tuple[int, str, str]]
 

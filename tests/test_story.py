@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bachvid.errors import ConfigError
-from bachvid.story import Action, Scene, Story, video_seed
+from bachvid.inputs.story import Action, Scene, Story, video_seed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 YAML = """\

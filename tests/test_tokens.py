@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bachvid.errors import LayoutError
-from bachvid.tokens import TokenLayout
+from bachvid.layout.tokens import TokenLayout
 
 
 def test_cogvideox_5b_has_the_token_counts_of_the_paper() -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from bachvid.errors import LayoutError
-from bachvid.video import (
+from bachvid.output.mp4 import (
     Foreground,
     Frames,
     SheetRow,

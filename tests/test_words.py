@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-from bachvid.words import clean_text, content_words, find_words
+from bachvid.inputs.words import clean_text, content_words, find_words
 
 
 def parts(text: str, ranges: tuple[tuple[int, int], ...]) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from bachvid.config import MethodConfig
+from bachvid.inputs.config import MethodConfig
 from bachvid.methods.bachvid import BachVid
 from bachvid.methods.base import Method, MethodSettings
-from bachvid.methods.vanilla import Vanilla
+from bachvid.methods.none import Vanilla
 
 METHODS: dict[Literal["bachvid", "none"], Callable[..., Method]] = {
     "bachvid": BachVid,

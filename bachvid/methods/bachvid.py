@@ -1,7 +1,7 @@
 """BachVid: foreground and background of a frame video see the keys of an identity video.
 
 Source: BachVid (arXiv 2510.21696v1). What the paper leaves open is a config key; the values and
-their reasons stand with the profiles. Shape suffixes: see `bachvid.attention`.
+their reasons stand with the profiles. Shape suffixes: see `bachvid.attention.attend`.
 """
 
 from __future__ import annotations
@@ -12,24 +12,15 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from bachvid.attention import QKV, AttentionSite, KVGroup, RunContext
-from bachvid.cache import IdentityCache, KVShard, KVStore
+from bachvid.attention.attend import QKV, AttentionSite, KVGroup, RunContext
 from bachvid.errors import CacheMissError, LayoutError, WorkerError
-from bachvid.gangs import Branch
-from bachvid.methods.base import (
-    IdentityControl,
-    MethodControl,
-    MethodSettings,
-    Observation,
-)
-from bachvid.methods.injection import (
-    InjectedTokens,
-    inject_identity_kv,
-    select_injected_tokens,
-)
-from bachvid.methods.masks import ForegroundMask, extract_foreground_mask, text_mass
-from bachvid.methods.matching import TokenMatch, match_tokens, match_within_foreground
-from bachvid.prompts import TokenizedPrompt
+from bachvid.kv.cache import IdentityCache, KVShard, KVStore
+from bachvid.layout.gangs import Branch
+from bachvid.methods.base import IdentityControl, MethodControl, MethodSettings, Observation
+from bachvid.methods.ops.injection import InjectedTokens, inject_identity_kv, select_injected_tokens
+from bachvid.methods.ops.masks import ForegroundMask, extract_foreground_mask, text_mass
+from bachvid.methods.ops.matching import TokenMatch, match_tokens, match_within_foreground
+from bachvid.prompts.compose import TokenizedPrompt
 
 logger = logging.getLogger(__name__)
 

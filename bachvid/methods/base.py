@@ -12,13 +12,13 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from bachvid.attention import AttentionControl, RunContext
-from bachvid.cache import IdentityCache, KVStore
-from bachvid.config import MethodConfig, read_steps, recorded_steps
-from bachvid.gangs import Branch
-from bachvid.methods.injection import InjectedTokens
-from bachvid.methods.masks import ForegroundMask, MaskRecovery
-from bachvid.prompts import TokenizedPrompt
+from bachvid.attention.attend import AttentionControl, RunContext
+from bachvid.inputs.config import MethodConfig, read_steps, recorded_steps
+from bachvid.kv.cache import IdentityCache, KVStore
+from bachvid.layout.gangs import Branch
+from bachvid.methods.ops.injection import InjectedTokens
+from bachvid.methods.ops.masks import ForegroundMask, MaskRecovery
+from bachvid.prompts.compose import TokenizedPrompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bachvid.journal import VideoRecord
+from bachvid.output.journal import VideoRecord
 
 
 def cost(record: VideoRecord) -> dict[str, float]:

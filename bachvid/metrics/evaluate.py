@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bachvid.config import RenderConfig
+from bachvid.catalog.registry import EMBEDDED
 from bachvid.errors import ConfigError
-from bachvid.facts import EMBEDDED
-from bachvid.journal import RunContents, VideoRecord, read_run
+from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.story import IDENTITY_ID, Scene, Story
 from bachvid.metrics.attributes import attribute_agreement
 from bachvid.metrics.cost import cost
 from bachvid.metrics.motion import motion
@@ -28,9 +28,9 @@ from bachvid.metrics.psnr_bg import psnr_bg
 from bachvid.metrics.sharpness import sharpness_bg
 from bachvid.metrics.ssim_bg import ssim_bg
 from bachvid.metrics.success import success
-from bachvid.output import read_video
-from bachvid.story import IDENTITY_ID, Scene, Story
-from bachvid.video import upsample_foreground
+from bachvid.output.files import read_video
+from bachvid.output.journal import RunContents, VideoRecord, read_run
+from bachvid.output.mp4 import upsample_foreground
 
 if TYPE_CHECKING:
     from bachvid.storybook.judge import JudgeReading

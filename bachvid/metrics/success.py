@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bachvid.journal import VideoRecord
+from bachvid.output.journal import VideoRecord
 
 
 def success(record: VideoRecord | None) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import JsonValue
 
 from bachvid.metrics.evaluate import Evaluation, Summary
-from bachvid.rundir import write_atomically
+from bachvid.output.run_directory import write_atomically
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from bachvid.attention import ALONE, AttentionControl, Rotary, RunContext, SequenceGroup
-from bachvid.config import ModelConfig, VideoConfig
+from bachvid.attention.attend import ALONE, AttentionControl, Rotary, RunContext, SequenceGroup
+from bachvid.catalog.registry import ModelFacts
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.facts import ModelFacts
-from bachvid.prompts import Prompt
-from bachvid.tokens import TokenLayout
+from bachvid.inputs.config import ModelConfig, VideoConfig
+from bachvid.layout.tokens import TokenLayout
+from bachvid.prompts.compose import Prompt
 
 Component = TypeVar("Component")
 AttentionProcessor = Callable[..., object]

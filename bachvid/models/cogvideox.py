@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from bachvid.attention import (
+from bachvid.attention.attend import (
     ALONE,
     QKV,
     AttentionControl,
@@ -33,12 +33,12 @@ from bachvid.attention import (
     SequenceGroup,
     controlled_attention,
 )
-from bachvid.config import ModelConfig, VideoConfig
-from bachvid.facts import ModelFacts
+from bachvid.catalog.registry import ModelFacts
+from bachvid.inputs.config import ModelConfig, VideoConfig
+from bachvid.layout.tokens import TokenLayout
 from bachvid.models.base import Scheduler, shard_tokens
 from bachvid.models.loading import PartLoader, TextEncoder, encode_each, to_frames
-from bachvid.prompts import Prompt
-from bachvid.tokens import TokenLayout
+from bachvid.prompts.compose import Prompt
 
 SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 

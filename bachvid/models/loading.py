@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from bachvid.config import ModelConfig
+from bachvid.catalog.registry import EMBEDDED, ModelFacts
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.facts import EMBEDDED, ModelFacts
+from bachvid.inputs.config import ModelConfig
 from bachvid.models.base import choose_device, choose_dtype, load_component
-from bachvid.prompts import Prompt, PromptTokenizer
+from bachvid.prompts.compose import Prompt, PromptTokenizer
 
 Component = TypeVar("Component", bound=torch.nn.Module)
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from bachvid.attention import (
+from bachvid.attention.attend import (
     ALONE,
     QKV,
     AttentionControl,
@@ -34,12 +34,12 @@ from bachvid.attention import (
     controlled_attention,
     controlled_cross_attention,
 )
-from bachvid.config import ModelConfig, VideoConfig
-from bachvid.facts import ModelFacts
+from bachvid.catalog.registry import ModelFacts
+from bachvid.inputs.config import ModelConfig, VideoConfig
+from bachvid.layout.tokens import TokenLayout
 from bachvid.models.base import Scheduler, shard_tokens
 from bachvid.models.loading import PartLoader, TextEncoder, encode_each, to_frames
-from bachvid.prompts import Prompt
-from bachvid.tokens import TokenLayout
+from bachvid.prompts.compose import Prompt
 
 # Beyond this the decoder works on overlapping tiles, of its own size. Whole, it needs about 25 KB
 # per pixel (measured, in fp32; any number of frames): 10 GB here, 23 GB at 720 x 1280.

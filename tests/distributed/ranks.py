@@ -16,18 +16,18 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from bachvid.actors import FrameVideoActor, IdentityVideoActor, ModelWorker, RenderedVideo
-from bachvid.attention import ALONE, AttentionControl, SequenceGroup
-from bachvid.cache import IdentityCache, MemoryKVStore
-from bachvid.config import RenderConfig
-from bachvid.events import PreviewFrames
-from bachvid.gangs import Gang, overlapping
-from bachvid.kv_packing import PackedStep
-from bachvid.kv_stores import PulledKVStore
-from bachvid.parallel import join_group
-from bachvid.plan import RenderPlan, render_plan
-from bachvid.sampling import denoise
-from bachvid.story import Story
+from bachvid.attention.attend import ALONE, AttentionControl, SequenceGroup
+from bachvid.attention.parallel import join_group
+from bachvid.driver.events import PreviewFrames
+from bachvid.engine.sampling import denoise
+from bachvid.engine.worker import FrameVideoActor, IdentityVideoActor, ModelWorker, RenderedVideo
+from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.story import Story
+from bachvid.kv.cache import IdentityCache, MemoryKVStore
+from bachvid.kv.packing import PackedStep
+from bachvid.kv.pulling import PulledKVStore
+from bachvid.layout.gangs import Gang, overlapping
+from bachvid.planning.plan import RenderPlan, render_plan
 
 STORY = Story.model_validate(
     {
@@ -195,7 +195,7 @@ def run_gang(gang: Gang, folder: Path, jobs: Sequence[object]) -> list[list[Show
     # One process imports the libraries, the ranks are forks of it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["bachvid.actors", "bachvid.models.cogvideox", "bachvid.models.wan"]
+        ["bachvid.engine.worker", "bachvid.models.cogvideox", "bachvid.models.wan"]
     )
     pipes, processes = [], []
     for rank in range(gang.size):

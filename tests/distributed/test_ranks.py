@@ -15,8 +15,8 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from ranks import Shown, name_of, run_gang, show
 
-from bachvid.attention import ALONE
-from bachvid.gangs import Gang
+from bachvid.attention.attend import ALONE
+from bachvid.layout.gangs import Gang
 
 PAPER = ("method.profile=paper", "method.mask_step=1", "method.inject_steps=[0, 3]")
 FAST = ("method.profile=fast", "method.mask_step=1", "method.pre_passes=2")

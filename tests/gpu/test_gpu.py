@@ -11,21 +11,21 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
-from bachvid.attention import ALONE, AttentionControl, Rotary, RunContext, SequenceGroup
-from bachvid.cache import KVShard
-from bachvid.config import ModelConfig, RenderConfig, resolve_config
-from bachvid.driver import StoryRenderer
-from bachvid.events import Done, Failed
-from bachvid.facts import PUBLISHED, load_facts
-from bachvid.gangs import BRANCHES, Gang
-from bachvid.kv_packing import StepPacker, sites_of
-from bachvid.kv_stores import PulledKVStore
-from bachvid.memory import rank_memory
+from bachvid.attention.attend import ALONE, AttentionControl, Rotary, RunContext, SequenceGroup
+from bachvid.catalog.registry import PUBLISHED, load_facts
+from bachvid.driver.events import Done, Failed
+from bachvid.driver.renderer import StoryRenderer
+from bachvid.engine.sampling import denoise
+from bachvid.inputs.config import ModelConfig, RenderConfig, resolve_config
+from bachvid.inputs.story import Story
+from bachvid.kv.cache import KVShard
+from bachvid.kv.packing import StepPacker, sites_of
+from bachvid.kv.pulling import PulledKVStore
+from bachvid.layout.gangs import BRANCHES, Gang
 from bachvid.models.base import VideoModel, load_model
 from bachvid.models.cogvideox import CogVideoXControlledProcessor
-from bachvid.prompts import Prompt
-from bachvid.sampling import denoise
-from bachvid.story import Story
+from bachvid.planning.memory import rank_memory
+from bachvid.prompts.compose import Prompt
 
 CUDA = torch.device("cuda", 0)
 FAMILIES = ["tiny_cogvideox_folder", "tiny_wan_folder"]
@@ -56,7 +56,7 @@ def denoised(folder: Path, group: SequenceGroup) -> Tensor:
 @pytest.fixture
 def group_of_one(tmp_path: Path) -> Iterator[SequenceGroup]:
     """The group that xfuser makes, over NCCL, for a gang of one rank."""
-    from bachvid.parallel import join_group
+    from bachvid.attention.parallel import join_group
 
     group = join_group(Gang(), 0, device=CUDA, init_file=tmp_path / "gang")
     yield group

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor
 
-from bachvid.attention import (
+from bachvid.attention.attend import (
     QKV,
     AttentionControl,
     AttentionSite,
@@ -22,17 +22,17 @@ from bachvid.attention import (
     attend,
     controlled_attention,
 )
-from bachvid.cache import IdentityCache, KVShard, MemoryKVStore
-from bachvid.config import MethodConfig
 from bachvid.errors import CacheMissError, LayoutError, WorkerError
-from bachvid.gangs import Branch
+from bachvid.inputs.config import MethodConfig
+from bachvid.kv.cache import IdentityCache, KVShard, MemoryKVStore
+from bachvid.layout.gangs import Branch
+from bachvid.layout.tokens import TokenLayout
 from bachvid.methods import build_method
 from bachvid.methods.bachvid import BachVid, FrameInjector, PrePassInjector, VideoObserver
 from bachvid.methods.base import Method, MethodSettings, Observation
-from bachvid.methods.masks import ForegroundMask, MaskRecovery
-from bachvid.methods.vanilla import Vanilla
-from bachvid.prompts import TokenizedPrompt
-from bachvid.tokens import TokenLayout
+from bachvid.methods.none import Vanilla
+from bachvid.methods.ops.masks import ForegroundMask, MaskRecovery
+from bachvid.prompts.compose import TokenizedPrompt
 
 LAYOUT = TokenLayout(text_tokens=8, latent_frames=2, grid_height=3, grid_width=4)
 HEADS, WIDTH, LAYERS, STEPS = 2, 16, 4, 6

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bachvid.attention import AttentionSite
-from bachvid.cache import KVShard
+from bachvid.attention.attend import AttentionSite
 from bachvid.errors import LayoutError
-from bachvid.methods.injection import inject_identity_kv, select_injected_tokens
-from bachvid.methods.matching import TokenMatch
-from bachvid.tokens import TokenLayout
+from bachvid.kv.cache import KVShard
+from bachvid.layout.tokens import TokenLayout
+from bachvid.methods.ops.injection import inject_identity_kv, select_injected_tokens
+from bachvid.methods.ops.matching import TokenMatch
 
 LAYOUT = TokenLayout(text_tokens=3, latent_frames=2, grid_height=2, grid_width=3)
 FRAME_MASK = torch.tensor([1, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0], dtype=torch.bool)

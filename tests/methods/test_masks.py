@@ -7,13 +7,8 @@ import torch
 from torch import Tensor
 
 from bachvid.errors import WorkerError
-from bachvid.methods.masks import (
-    MaskRecovery,
-    extract_foreground_mask,
-    smooth_mask,
-    text_mass,
-)
-from bachvid.tokens import TokenLayout
+from bachvid.layout.tokens import TokenLayout
+from bachvid.methods.ops.masks import MaskRecovery, extract_foreground_mask, smooth_mask, text_mass
 
 LAYOUT = TokenLayout(text_tokens=7, latent_frames=2, grid_height=5, grid_width=6)
 BACKGROUND, CHARACTER = (0, 1, 2), (4, 5)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bachvid.errors import LayoutError
-from bachvid.methods.matching import match_tokens, match_within_foreground
+from bachvid.methods.ops.matching import match_tokens, match_within_foreground
 
 
 def normal(*shape: int, seed: int) -> Tensor:

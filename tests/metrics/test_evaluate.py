@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 from rich.console import Console
 
-from bachvid.config import RenderConfig
 from bachvid.errors import ConfigError
-from bachvid.journal import RunHeader, VideoRecord
+from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.story import Story
 from bachvid.metrics.evaluate import evaluate_run, vanilla_twin
 from bachvid.metrics.psnr_bg import CAP_DB
 from bachvid.metrics.table import evaluation_table, write_results
-from bachvid.rundir import RunDirectory, write_atomically
-from bachvid.story import Story
+from bachvid.output.journal import RunHeader, VideoRecord
+from bachvid.output.mp4 import Frames, enlarge, write_mp4
+from bachvid.output.run_directory import RunDirectory, write_atomically
 from bachvid.storybook.judge import JudgeReading
-from bachvid.video import Frames, enlarge, write_mp4
 
 STORY = {
     "title": "t",

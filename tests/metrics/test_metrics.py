@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bachvid.journal import VideoRecord
 from bachvid.metrics.attributes import attribute_agreement
 from bachvid.metrics.background import dilate, luminance
 from bachvid.metrics.cost import cost
@@ -18,6 +17,7 @@ from bachvid.metrics.psnr_bg import CAP_DB, psnr_bg
 from bachvid.metrics.sharpness import sharpness_bg
 from bachvid.metrics.ssim_bg import ssim_bg
 from bachvid.metrics.success import success
+from bachvid.output.journal import VideoRecord
 
 EMPTY = np.zeros((2, 16, 16), bool)
 RECORD = VideoRecord(

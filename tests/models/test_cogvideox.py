@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bachvid.attention import AttentionControl, RunContext
-from bachvid.config import ModelConfig, VideoConfig
+from bachvid.attention.attend import AttentionControl, RunContext
+from bachvid.catalog.registry import load_facts
 from bachvid.errors import BachvidError, ConfigError, ModelSupportError
-from bachvid.facts import load_facts
+from bachvid.inputs.config import ModelConfig, VideoConfig
 from bachvid.models import cogvideox
 from bachvid.models.base import VideoModel, attention_control, load_model
 from bachvid.models.cogvideox import CogVideoXControlledProcessor, CogVideoXModel
 from bachvid.models.loading import TextEncoder
-from bachvid.prompts import Prompt, PromptTokenizer, compose_prompt
+from bachvid.prompts.compose import Prompt, PromptTokenizer, compose_prompt
 
 PROMPT = compose_prompt("a snowy forest", "a girl in a yellow dress", "jumps")
 OTHER = compose_prompt("a sunny beach", "a robot", "waves and walks")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bachvid.attention import RunContext
-from bachvid.config import ModelConfig, RenderConfig, config_hash, resolve_config
-from bachvid.facts import load_facts
+from bachvid.attention.attend import RunContext
+from bachvid.catalog.registry import load_facts
+from bachvid.engine.sampling import denoise
+from bachvid.inputs.config import ModelConfig, RenderConfig, config_hash, resolve_config
 from bachvid.models.base import VideoModel, load_model
-from bachvid.prompts import Prompt
-from bachvid.sampling import denoise
+from bachvid.prompts.compose import Prompt
 
 PROMPT = Prompt("a red robot, a sunny beach, walks")
 

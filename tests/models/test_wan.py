@@ -18,20 +18,26 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bachvid.attention import AttentionControl, AttentionSite, RunContext
-from bachvid.cache import MemoryKVStore
-from bachvid.config import ModelConfig, RenderConfig, SamplingConfig, VideoConfig, resolve_config
+from bachvid.attention.attend import AttentionControl, AttentionSite, RunContext
+from bachvid.catalog.registry import load_facts
+from bachvid.engine.sampling import denoise
 from bachvid.errors import BachvidError, ConfigError, ModelSupportError
-from bachvid.facts import load_facts
+from bachvid.inputs.config import (
+    ModelConfig,
+    RenderConfig,
+    SamplingConfig,
+    VideoConfig,
+    resolve_config,
+)
+from bachvid.inputs.story import Story
+from bachvid.kv.cache import MemoryKVStore
 from bachvid.methods.bachvid import IdentityRecorder
 from bachvid.methods.base import MethodSettings
 from bachvid.models import wan
 from bachvid.models.base import VideoModel, attention_control, load_model
 from bachvid.models.wan import WanCrossAttention, WanModel, WanSelfAttention
-from bachvid.plan import render_plan
-from bachvid.prompts import Prompt, PromptTokenizer, compose_prompt, noun_ranges
-from bachvid.sampling import denoise
-from bachvid.story import Story
+from bachvid.planning.plan import render_plan
+from bachvid.prompts.compose import Prompt, PromptTokenizer, compose_prompt, noun_ranges
 
 WORDS = {
     "background": noun_ranges("a snowy forest", None),

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from ray.cluster_utils import Cluster
 from test_render_on_ray import STORY, render, settings
 
-from bachvid.driver import Event, Failed, FrameStep, IdentityStep, StoryRenderer
-from bachvid.journal import read_run
+from bachvid.driver.renderer import Event, Failed, FrameStep, IdentityStep, StoryRenderer
+from bachvid.output.journal import read_run
 
 Latents = Mapping[tuple[str, str], NDArray[np.float32]]
 

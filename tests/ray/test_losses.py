@@ -19,7 +19,7 @@ from clusters import STORE_BYTES, cluster_of, wait_until, workers_of
 from ray.cluster_utils import Cluster
 from test_render_on_ray import STORY, expected, hashes, settings
 
-from bachvid.driver import Event, Failed, FrameStep, IdentityStep, StoryRenderer
+from bachvid.driver.renderer import Event, Failed, FrameStep, IdentityStep, StoryRenderer
 
 __all__ = ["expected"]  # a fixture
 
@@ -30,7 +30,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from test_render_on_ray import STORY, settings
-from bachvid.driver import StoryRenderer
+from bachvid.driver.renderer import StoryRenderer
 
 _, tests, model, out, address, *overrides = sys.argv
 config = settings(Path(model), *overrides)

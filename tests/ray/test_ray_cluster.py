@@ -15,9 +15,9 @@ from clusters import STORE_BYTES
 from json_models import write_json_model
 from ray.cluster_utils import Cluster
 
-from bachvid.cli import main
+from bachvid.cli.main import main
 from bachvid.errors import ConfigError
-from bachvid.ray_cluster import read_cluster
+from bachvid.ray_backend.connection import read_cluster
 
 
 @pytest.fixture

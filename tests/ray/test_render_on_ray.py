@@ -12,11 +12,19 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from bachvid.config import RenderConfig
-from bachvid.driver import Done, Event, Failed, FrameStep, IdentityStep, Published, StoryRenderer
+from bachvid.driver.renderer import (
+    Done,
+    Event,
+    Failed,
+    FrameStep,
+    IdentityStep,
+    Published,
+    StoryRenderer,
+)
 from bachvid.errors import ConfigError, WorkerError
-from bachvid.journal import read_run
-from bachvid.story import Story
+from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.story import Story
+from bachvid.output.journal import read_run
 
 STORY = Story.model_validate(
     {

@@ -21,12 +21,12 @@ from clusters import STORE_BYTES, cluster_of, wait_until, workers_of
 from ray.cluster_utils import Cluster
 from test_render_on_ray import STORY, hashes, settings
 
-from bachvid.config import RenderConfig, recorded_steps
-from bachvid.driver import Done, Event, Failed, FrameStep, IdentityStep, StoryRenderer
+from bachvid.driver.renderer import Done, Event, Failed, FrameStep, IdentityStep, StoryRenderer
 from bachvid.errors import ConfigError
-from bachvid.plan import render_plan
-from bachvid.publication import Publication
-from bachvid.ray_cluster import connected
+from bachvid.inputs.config import RenderConfig, recorded_steps
+from bachvid.planning.plan import render_plan
+from bachvid.ray_backend.connection import connected
+from bachvid.scheduling.publication import Publication
 
 Hashes = dict[tuple[str, str], tuple[str, str]]
 FOREST = STORY.model_copy(update={"scenes": STORY.scenes[:1]})
@@ -303,7 +303,7 @@ def test_a_store_that_is_full_fails_the_scene_in_our_words(
 
 LOCAL = """
 import os, psutil
-from bachvid.ray_cluster import connected
+from bachvid.ray_backend.connection import connected
 
 with connected("local"):
     driver = psutil.Process()

@@ -13,9 +13,9 @@ from clusters import cluster_of
 from ray.cluster_utils import Cluster
 from test_render_on_ray import hashes
 
-from bachvid.config import RenderConfig
-from bachvid.driver import Failed, StoryRenderer
-from bachvid.story import Story
+from bachvid.driver.renderer import Failed, StoryRenderer
+from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.story import Story
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lighthouse.yaml"
 Hashes = dict[tuple[str, str], tuple[str, str]]

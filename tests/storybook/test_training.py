@@ -10,11 +10,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bachvid.storybook import model as storybook
-from bachvid.storybook import train_wan, wan
+from bachvid.storybook import wan
 from bachvid.storybook.judge import QUESTIONS, JudgeNetwork
-from bachvid.storybook.train import main
-from bachvid.storybook.train_judge import measure_judge, train_judge
-from bachvid.storybook.train_transformer import (
+from bachvid.storybook.train import wan as train_wan
+from bachvid.storybook.train.__main__ import main
+from bachvid.storybook.train.common import (
+    Clips,
+    Settings,
+    Trainer,
+    render_clips,
+    to_video,
+    warm_then_decay,
+)
+from bachvid.storybook.train.judge import measure_judge, train_judge
+from bachvid.storybook.train.transformer import (
     Latents,
     Prompts,
     TextToVideo,
@@ -24,15 +33,7 @@ from bachvid.storybook.train_transformer import (
     swapped_losses,
     train_transformer,
 )
-from bachvid.storybook.train_vae import fold_latent_statistics, train_vae
-from bachvid.storybook.training import (
-    Clips,
-    Settings,
-    Trainer,
-    render_clips,
-    to_video,
-    warm_then_decay,
-)
+from bachvid.storybook.train.vae import fold_latent_statistics, train_vae
 
 
 def settings_in(work: Path) -> Settings:

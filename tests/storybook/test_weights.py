@@ -10,13 +10,13 @@ import torch
 from diffusers import CogVideoXPipeline, DiffusionPipeline, WanPipeline
 
 from bachvid import RenderConfig, Story, StoryRenderer
-from bachvid.events import Done
-from bachvid.facts import EMBEDDED
-from bachvid.journal import read_run
+from bachvid.catalog.registry import EMBEDDED
+from bachvid.driver.events import Done
 from bachvid.metrics.evaluate import evaluate_run
+from bachvid.output.journal import read_run
 from bachvid.storybook.judge import Judge
-from bachvid.storybook.train_judge import answer_questions
-from bachvid.storybook.training import render_clips
+from bachvid.storybook.train.common import render_clips
+from bachvid.storybook.train.judge import answer_questions
 from bachvid.storybook.world import ACTIONS, ATTRIBUTES, BACKGROUNDS, CHARACTERS
 
 STORY = Story.model_validate(

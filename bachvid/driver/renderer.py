@@ -1,0 +1,146 @@
+"""StoryRenderer, the driver API: render a story, here or on a cluster, and hear what happens.
+
+Imports no torch, and Ray only with an address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from bachvid.driver.events import (
+    Done,
+    Event,
+    Failed,
+    FrameStep,
+    IdentityStep,
+    Preview,
+    Published,
+    Queued,
+)
+from bachvid.driver.rendering import Rendering
+from bachvid.errors import ConfigError
+from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.story import Story
+from bachvid.output.files import run_header
+from bachvid.output.run_directory import RunDirectory, disk_errors
+from bachvid.planning.plan import render_plan
+
+if TYPE_CHECKING:
+    from bachvid.planning.placement import ClusterFacts
+
+__all__ = [  # the driver API: the renderer and what it says
+    "Done",
+    "Event",
+    "Failed",
+    "FrameStep",
+    "IdentityStep",
+    "Preview",
+    "Published",
+    "Queued",
+    "StoryRenderer",
+]
+
+
+class StoryRenderer:
+    """Renders stories into a run directory. Use as a context manager.
+
+    Args:
+        config: need not be resolved.
+        out: the run directory.
+        address: of a Ray cluster, as `ray.init` takes it ("auto" for the one that this process
+            belongs to, "local" for one of this machine, ended with the render). None: in this
+            process, without Ray, which is the shortest way on one device.
+
+    Example:
+        with StoryRenderer(config, Path("runs/lighthouse")) as renderer:
+            for event in renderer.stream(story):
+                print(event)
+    """
+
+    def __init__(self, config: RenderConfig, out: Path, *, address: str | None = None) -> None:
+        self._config = config
+        self._out = out
+        self._address = address
+        self._cancelled = threading.Event()
+
+    def __enter__(self) -> StoryRenderer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """End every stream after its current step. For any thread, and for signal handlers."""
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether `cancel` was called: videos may be missing."""
+        return self._cancelled.is_set()
+
+    def stream(self, story: Story, *, source: str = "story") -> Iterator[Event]:
+        """Render what is missing of `story`, and yield what happens.
+
+        A video that fails does not fail its siblings. Rendering into the same directory again
+        renders what is missing. A video that lacks only a file, because the file was lost or
+        `output` asks for more than before, is rendered again, must come out as it was, and only
+        that file is written. Leaving the iterator ends the render. `source` names the story in
+        messages.
+
+        Raises:
+            ConfigError: the story or config cannot be rendered, the directory is another's, or
+                the cluster cannot do it.
+            ModelSupportError: bachvid cannot run this model.
+            WorkerError: the run directory cannot be written, or the cluster is lost.
+        """
+        with _cluster(self._address) as cluster:
+            _check_one_rank(self._config, cluster)
+            plan = render_plan(story, self._config, source=source, download=True, cluster=cluster)
+            with disk_errors(self._out), RunDirectory(self._out, run_header(plan)) as run:
+                rendering = Rendering(plan, run, self._cancelled)
+                try:
+                    yield from rendering.events()
+                finally:
+                    rendering.close()
+
+    async def astream(self, story: Story, *, source: str = "story") -> AsyncIterator[Event]:
+        """Do what `stream` does, in a thread, for callers with an event loop."""
+        events = self.stream(story, source=source)
+        try:
+            while (event := await asyncio.to_thread(next, events, None)) is not None:
+                yield event
+        finally:
+            await asyncio.to_thread(events.close)  # type: ignore[attr-defined]
+
+
+def _check_one_rank(config: RenderConfig, cluster: ClusterFacts | None) -> None:
+    for key in ("identity_gpus", "gpus_per_frame_actor"):
+        size = getattr(config.parallel, key)
+        if cluster is None and size > 1:
+            raise ConfigError(
+                f"parallel.{key}: is {size}: this process is one rank; render with --address "
+                f"(local, if it is this machine that has them), or leave it at 1"
+            )
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[ClusterFacts | None]:
+    """Be connected to the cluster at `address`."""
+    if address is None:
+        yield None
+        return
+    from bachvid.ray_backend.connection import connected
+
+    with connected(address) as cluster:
+        yield cluster

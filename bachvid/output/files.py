@@ -1,0 +1,236 @@
+"""What files a rendered video becomes: the owner of the config's `output` section.
+
+It only makes files that are missing. Knows no order of work and imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bachvid import __version__
+from bachvid.inputs.config import RenderConfig, config_hash
+from bachvid.inputs.story import IDENTITY_ID
+from bachvid.output.journal import RunHeader
+from bachvid.output.mp4 import (
+    Foreground,
+    Frames,
+    SheetRow,
+    enlarge,
+    enlargement,
+    match_rows,
+    overlay_mask,
+    read_metadata,
+    read_mp4,
+    sheet_tiles,
+    upsample_foreground,
+    write_mp4,
+    write_sheet,
+)
+from bachvid.output.run_directory import RunDirectory, write_atomically
+from bachvid.planning.plan import RenderPlan, ScenePlan, VideoPlan
+
+if TYPE_CHECKING:
+    from bachvid.engine.worker import MatchedTokens, RenderedVideo
+
+ENLARGEMENT = "enlargement"  # metadata key of an mp4
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityPicture:
+    """What the overlays of frame videos show of their identity video."""
+
+    frames: Frames
+    foreground: Foreground  # in tokens
+
+
+def run_header(plan: RenderPlan) -> RunHeader:
+    """Say whose run it is that `plan` renders."""
+    story = plan.story.model_dump(mode="json")
+    canonical = json.dumps(story, sort_keys=True, separators=(",", ":"))
+    return RunHeader(
+        story=story,
+        config=plan.config.model_dump(mode="json"),
+        story_hash=hashlib.sha256(canonical.encode()).hexdigest(),
+        config_hash=config_hash(plan.config),
+        bachvid=__version__,
+    )
+
+
+def wanted_files(
+    run: RunDirectory, config: RenderConfig, *, scene: str, video: str
+) -> dict[str, Path]:
+    """Name the files that this config wants of a video, by their kind."""
+    files = {
+        "mp4": run.file(scene, f"{video}.mp4"),
+        "mask": run.file(scene, "masks", f"{video}.npz"),
+    }
+    if config.output.overlays:
+        files["mask_overlay"] = run.file(scene, "overlays", f"{video}.mask.png")
+        if video != IDENTITY_ID and config.method.name != "none":
+            files["match_overlay"] = run.file(scene, "overlays", f"{video}.match.png")
+    if config.output.frames:
+        files["frames"] = run.file(scene, "frames", f"{video}.npz")
+    return files
+
+
+def write_files(
+    files: Mapping[str, Path],
+    *,
+    config: RenderConfig,
+    temporal_ratio: int,
+    video: VideoPlan,
+    rendered: RenderedVideo,
+    identity: IdentityPicture,
+    config_sha256: str,
+) -> dict[Path, str]:
+    """Write `files` (by kind, as `wanted_files`) of one video; return the sha256 of each."""
+    frames = rendered.frames
+    _, height, width, _ = frames.shape
+    factor = enlargement(height, width, config.output.min_height)
+    foreground = upsample_foreground(
+        rendered.foreground, temporal_ratio=temporal_ratio, height=height, width=width
+    )
+    fps = config.output.fps
+    assert fps is not None  # resolve_config left no None
+
+    def write_video(path: Path) -> None:
+        write_mp4(
+            enlarge(frames, factor),
+            path,
+            fps=fps,
+            crf=config.output.crf,
+            metadata={
+                "bachvid": __version__,
+                "prompt": video.prompt.text,
+                "seed": video.seed,
+                "config_sha256": config_sha256,
+                "frames_sha256": rendered.frames_sha256,
+                ENLARGEMENT: factor,
+            },
+        )
+
+    def write_match(path: Path) -> None:
+        assert rendered.matched is not None
+        _write_match_overlay(
+            path,
+            video=video,
+            rendered=rendered,
+            identity=identity,
+            matched=rendered.matched,
+            temporal_ratio=temporal_ratio,
+        )
+
+    writers: dict[str, Callable[[Path], None]] = {
+        "mp4": write_video,
+        "mask": lambda path: _write_arrays(path, foreground=rendered.foreground),
+        "mask_overlay": lambda path: _write_mask_overlay(
+            path, video=video, frames=frames, foreground=foreground
+        ),
+        "match_overlay": write_match,
+        "frames": lambda path: _write_arrays(
+            path, frames=frames, foreground=foreground, latents=rendered.latents
+        ),
+    }
+    return {path: write_atomically(path, writers[kind]) for kind, path in files.items()}
+
+
+def contact_sheet(run: RunDirectory, scene: ScenePlan) -> Path:
+    """Name the contact sheet of a scene."""
+    return run.file(scene.scene.id, "contact-sheet.png")
+
+
+def write_contact_sheet(run: RunDirectory, scene: ScenePlan, tiles: Mapping[str, Frames]) -> None:
+    """Write a scene's contact sheet; the videos that `tiles` lacks are read back."""
+    rows = []
+    for video in scene.videos:
+        path = run.contents.file(scene.scene.id, video.id, ".mp4")
+        if path is None or not path.exists():  # it failed, now or when it was rendered again
+            continue
+        shown = tiles[video.id] if video.id in tiles else sheet_tiles(read_video(path))
+        rows.append(SheetRow(video.id, _caption(video, scene), shown))
+    if not rows:
+        return
+    write_atomically(
+        contact_sheet(run, scene),
+        lambda path: write_sheet(
+            path,
+            title=scene.scene.id,
+            subtitle=f"{scene.scene.background}, {scene.scene.character}",
+            rows=rows,
+        ),
+    )
+
+
+def write_preview(path: Path, video: VideoPlan, frames: Frames) -> None:
+    """Write what a video will become; it is no file of the finished run."""
+    row = SheetRow(video.id, "preview", frames)
+    write_atomically(
+        path,
+        lambda temporary: write_sheet(
+            temporary, title=video.id, subtitle=video.prompt.text, rows=[row]
+        ),
+    )
+
+
+def read_identity(run: RunDirectory, scene: ScenePlan) -> IdentityPicture:
+    """Read back what a finished identity video shows; the frames are lossy, for overlays only."""
+    name = scene.scene.id
+    with np.load(run.file(name, "masks", f"{IDENTITY_ID}.npz")) as arrays:
+        foreground = arrays["foreground"]
+    return IdentityPicture(read_video(run.file(name, f"{IDENTITY_ID}.mp4")), foreground)
+
+
+def read_video(path: Path) -> Frames:
+    """Read the frames of a run's mp4 at the size of the model: lossy, near what was rendered."""
+    return read_mp4(path, shrink=int(read_metadata(path).get(ENLARGEMENT, 1)))
+
+
+def _caption(video: VideoPlan, scene: ScenePlan) -> str:
+    text = video.action.text if video.action else scene.scene.identity
+    return f"seed {video.seed}" if text == video.id else f"{text}, seed {video.seed}"
+
+
+def _write_arrays(path: Path, **arrays: NDArray[np.generic]) -> None:
+    with path.open("wb") as file:  # given a path, NumPy appends .npz to it
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def _write_mask_overlay(
+    path: Path, *, video: VideoPlan, frames: Frames, foreground: Foreground
+) -> None:
+    factor = max(1, -(-192 // frames.shape[1]))
+    large = overlay_mask(
+        enlarge(frames, factor), foreground.repeat(factor, axis=1).repeat(factor, axis=2)
+    )
+    row = SheetRow("foreground", f"{foreground.mean():.0%} of the pixels", large)
+    write_sheet(path, title=f"{video.id}: mask", subtitle=video.prompt.text, rows=[row])
+
+
+def _write_match_overlay(
+    path: Path,
+    *,
+    video: VideoPlan,
+    rendered: RenderedVideo,
+    identity: IdentityPicture,
+    matched: MatchedTokens,
+    temporal_ratio: int,
+) -> None:
+    rows: Sequence[SheetRow] = match_rows(
+        identity_frames=identity.frames,
+        frame_frames=rendered.frames,
+        identity_foreground=identity.foreground,
+        match_index=matched.index_N,
+        matched=matched.used,
+        temporal_ratio=temporal_ratio,
+        caption=video.id,
+    )
+    subtitle = f"{video.prompt.text}: equal colours are tokens that were matched"
+    write_sheet(path, title=f"{video.id}: matches", subtitle=subtitle, rows=rows)

@@ -1,0 +1,266 @@
+"""What a cluster has, and what a render does with it: workers, waves, bytes on every node.
+
+Pure: no torch and no Ray. `bachvid.ray_backend.connection` asks a cluster; `plan_execution` is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bachvid.catalog.registry import ModelFacts
+from bachvid.errors import ConfigError
+from bachvid.inputs.config import ClusterConfig, RenderConfig
+from bachvid.layout.gangs import Gang
+from bachvid.layout.tokens import TokenLayout
+from bachvid.planning.cache_room import CacheRoom, counted
+from bachvid.scheduling.schedule import Policy
+
+Device = Literal["cpu", "cuda"]
+MAX_DEGREE = 16  # of sequence parallelism: GPUs that one machine may have
+_MOST_NODES_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """One machine of a cluster, with all that it has, whether free or not."""
+
+    id: str
+    name: str
+    cpus: int
+    gpus: int
+    store_bytes: int  # of its object store, in shared memory
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterFacts:
+    """The machines of a cluster that are alive."""
+
+    nodes: tuple[NodeFacts, ...]
+
+    @classmethod
+    def from_ray(cls, nodes: Sequence[Mapping[str, object]]) -> ClusterFacts:
+        """Take them from what `ray.nodes()` returns."""
+        return cls(tuple(_node_from_ray(node) for node in nodes if node["Alive"]))
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlan:
+    """What a render takes of one node. `cache_bytes` of keys and values are there at most."""
+
+    id: str
+    name: str
+    workers: int
+    cache_bytes: int
+    store_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelDegree:
+    """GPUs that could share one video. `padding` tokens make its tokens divisible by them."""
+
+    ranks: int
+    padding: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionPlan:
+    """How a cluster renders a story.
+
+    A worker is a gang of ranks on one node. Gangs of one size render identity and frame videos
+    alike. Of two sizes, one gang renders all identity videos and no other: which gang renders a
+    video must not depend on chance, since it decides its last bits.
+
+    nodes: those with workers; the first one is where the first identity video is rendered.
+    identity, frame: the gangs of an identity and of a frame video.
+    cpus_per_worker, gpus_per_worker: of every rank.
+    waves: under `window`, of the whole story; under `retain`, rounds in which every worker
+        renders one video.
+    live_scenes: under `retain`, identity caches that one node has room for.
+    degrees: of sequence parallelism, legal for model and size.
+    """
+
+    nodes: tuple[NodePlan, ...]
+    identity: Gang
+    frame: Gang
+    device: Device
+    cpus_per_worker: int
+    gpus_per_worker: int
+    policy: Policy
+    why: str
+    waves: int
+    live_scenes: int
+    degrees: tuple[ParallelDegree, ...]
+
+    @property
+    def num_workers(self) -> int:
+        """Workers on all nodes."""
+        return sum(node.workers for node in self.nodes)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether one worker renders all identity videos, and nothing else."""
+        return self.identity != self.frame
+
+
+def plan_execution(
+    cluster: ClusterFacts,
+    config: RenderConfig,
+    *,
+    facts: ModelFacts,
+    layout: TokenLayout,
+    frames: Sequence[int],
+    cache_bytes: int,
+    num_steps: int,
+) -> ExecutionPlan:
+    """Decide where workers run, and how long keys and values of the identity videos are kept.
+
+    Args:
+        config: resolved.
+        frames: frame videos of every scene.
+        cache_bytes: keys and values of one scene, of `num_steps` steps.
+
+    Raises:
+        ConfigError: if the cluster has too little for what the config asks for.
+    """
+    if config.cache.directory is not None:
+        raise ConfigError(
+            f"cache.directory: is {config.cache.directory!r}: a cluster keeps keys and values in "
+            f"its object stores, not in files; leave it out, or render in one process"
+        )
+    gpus = _gpus_per_worker(cluster, config)
+    identity, frame = plan_gangs(config, facts)
+    placed = _place_workers(cluster, config.cluster, gpus, identity, frame)
+    caches = CacheRoom(config, placed, frames, cache_bytes, num_steps, is_split=identity != frame)
+    policy, why = caches.choose()
+    return ExecutionPlan(
+        nodes=tuple(
+            NodePlan(n.id, n.name, workers, caches.bytes_on(workers, policy), n.store_bytes)
+            for n, workers in placed
+        ),
+        identity=identity,
+        frame=frame,
+        device="cuda" if gpus else "cpu",
+        cpus_per_worker=config.cluster.cpus_per_worker,
+        gpus_per_worker=gpus,
+        policy=policy,
+        why=why,
+        waves=caches.num_waves(policy),
+        live_scenes=caches.live_scenes,
+        degrees=parallel_degrees(facts.num_heads, layout.video_tokens),
+    )
+
+
+def plan_gangs(config: RenderConfig, facts: ModelFacts) -> tuple[Gang, Gang]:
+    """Give the gangs of an identity and of a frame video. Raises ConfigError for illegal sizes."""
+    asked = config.parallel
+    if asked.cfg == 2 and config.sampling.guidance_scale == 1:
+        raise ConfigError(
+            "parallel.cfg: is 2, and sampling.guidance_scale is 1: without guidance there is one "
+            "branch only; set parallel.cfg=1"
+        )
+    gangs = []
+    for key in ("identity_gpus", "gpus_per_frame_actor"):
+        size: int = getattr(asked, key)
+        cfg = asked.cfg if size > 1 else 1  # a single one has both branches anyway
+        legal = [n * cfg for n in range(1, MAX_DEGREE // cfg + 1) if facts.num_heads % n == 0]
+        if size not in legal:
+            raise ConfigError(
+                f"parallel.{key}: is {size}: {facts.name} has {facts.num_heads} attention heads, "
+                f"which must divide by it{' halved, since parallel.cfg is 2' * (cfg - 1)}; legal "
+                f"are {', '.join(map(str, legal))}"
+            )
+        gangs.append(Gang(size, cfg))
+    return gangs[0], gangs[1]
+
+
+def parallel_degrees(num_heads: int, video_tokens: int) -> tuple[ParallelDegree, ...]:
+    """Give the numbers of GPUs that can share a video: those that divide the attention heads.
+
+    Tokens need not divide: they are padded at the end, and no pad is ever a key.
+    """
+    ranks = [n for n in range(1, min(num_heads, MAX_DEGREE) + 1) if num_heads % n == 0]
+    return tuple(ParallelDegree(n, -video_tokens % n) for n in ranks)
+
+
+def _node_from_ray(node: Mapping[str, object]) -> NodeFacts:
+    resources = node["Resources"]
+    assert isinstance(resources, Mapping)
+    return NodeFacts(
+        id=str(node["NodeID"]),
+        name=str(node["NodeName"]),
+        cpus=int(resources.get("CPU", 0)),
+        gpus=int(resources.get("GPU", 0)),
+        store_bytes=int(resources.get("object_store_memory", 0)),
+    )
+
+
+def _gpus_per_worker(cluster: ClusterFacts, config: RenderConfig) -> int:
+    device, asked = config.model.device, config.cluster.gpus_per_worker
+    if (device, asked) in (("cpu", 1), ("cuda", 0)):
+        raise ConfigError(
+            f"cluster.gpus_per_worker: is {asked}, and model.device is {device}: on a cluster a "
+            f"worker sees the GPUs that it asks for and no other; change one of them"
+        )
+    if asked is not None:
+        return asked
+    return int(device == "cuda" or (device == "auto" and any(n.gpus for n in cluster.nodes)))
+
+
+def _place_workers(
+    cluster: ClusterFacts, asked: ClusterConfig, gpus: int, identity: Gang, frame: Gang
+) -> list[tuple[NodeFacts, int]]:
+    """Fill the node that has most, for the identity video and its readers, then the others."""
+
+    def ranks(node: NodeFacts) -> int:
+        return min(node.cpus // asked.cpus_per_worker, node.gpus if gpus else node.cpus)
+
+    nodes = sorted(cluster.nodes, key=lambda n: (-ranks(n), -n.store_bytes, n.name, n.id))
+    rooms = {node.id: ranks(node) // frame.size for node in nodes}
+    if nodes and identity != frame:
+        left = ranks(nodes[0]) - identity.size
+        rooms[nodes[0].id] = 1 + left // frame.size if left >= 0 else 0
+    total = sum(rooms.values()) if not nodes or rooms[nodes[0].id] else 0
+    wanted = total if asked.workers is None else asked.workers
+    # Of two kinds one of each is needed.
+    if not 0 < wanted <= total or (wanted == 1 and identity != frame):
+        has = [
+            f"{node.name} ({counted(node.cpus, 'CPU')}, {counted(node.gpus, 'GPU')}, room for "
+            f"{rooms[node.id]})"
+            for node in nodes
+        ]
+        raise ConfigError(
+            f"cluster.workers: asks for {_asked_text(wanted, asked, gpus, identity, frame)}: the "
+            f"cluster has room for {total}: {_first(has)}. Ask for fewer, for less each "
+            f"(cluster.cpus_per_worker, cluster.gpus_per_worker"
+            f"{', parallel' * (max(identity.size, frame.size) > 1)}), or add nodes"
+        )
+    placed = []
+    for node in nodes:
+        workers = min(rooms[node.id], wanted)
+        wanted -= workers
+        if workers:
+            placed.append((node, workers))
+    return placed
+
+
+def _asked_text(wanted: int, asked: ClusterConfig, gpus: int, identity: Gang, frame: Gang) -> str:
+    each = counted(asked.cpus_per_worker, "CPU") + " and 1 GPU" * gpus
+    if identity != frame:
+        return (
+            f"{counted(max(wanted, 2), 'worker')}, one of {counted(identity.size, 'rank')} for "
+            f"identity videos on one node and the others of {frame.size}, each rank with {each}"
+        )
+    if frame.size > 1:
+        return (
+            f"{counted(max(wanted, 1), 'worker')}, each of {frame.size} ranks on one node, each "
+            f"rank with {each}"
+        )
+    return f"{counted(max(wanted, 1), 'worker')}, each with {each}"
+
+
+def _first(texts: Sequence[str]) -> str:
+    more = len(texts) - _MOST_NODES_NAMED
+    shown = ", ".join(texts[:_MOST_NODES_NAMED]) or "no nodes"
+    return f"{shown} and {more} more" if more > 0 else shown

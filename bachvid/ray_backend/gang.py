@@ -1,0 +1,145 @@
+"""One worker of a Ray pool: the actors of a gang, where they are, and the job that they share."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from bachvid.inputs.config import RenderConfig
+from bachvid.layout.gangs import Gang
+from bachvid.ray_backend.worker import Note, RayWorker
+from bachvid.scheduling.pool import Job
+from bachvid.scheduling.schedule import Kind
+
+# Never started again by Ray: a worker that comes back has no model and no job.
+_remote: Any = ray.remote  # its types do not know concurrency groups
+_ACTOR = _remote(concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0)(RayWorker)
+
+Resources = Mapping[str, float]
+
+
+@dataclass(slots=True)
+class Stream:
+    """A job on its worker. `arrived` are parts that not all ranks have published yet, by rank."""
+
+    number: int
+    job: Job
+    arrived: dict[int, dict[int, ray.ObjectRef[Any]]] = field(default_factory=dict)
+    is_aborted: bool = False
+    credit: int = 0
+
+
+@dataclass(slots=True)
+class Rank:
+    """One actor of a gang.
+
+    starting: the call that is awaited while it is placed, then loads.
+    items: what it says of the job. `follows` announces that the next item is no note;
+        `published` was one. The last item of a stream that is cut short is an error, also where
+        it was announced as more.
+    over: its last word on the job.
+    """
+
+    index: int
+    actor: Any
+    starting: ray.ObjectRef[Any] | None
+    pid: int = 0
+    made_with: Mapping[str, str] | None = None
+    items: Iterator[ray.ObjectRef[Any]] | None = None
+    follows: Note | None = None
+    published: ray.ObjectRef[Any] | None = None
+    over: Note | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """Where a worker may be: what each rank takes, and a placement group or a strategy of Ray."""
+
+    kind: Kind
+    gang: Gang
+    resources: Resources
+    strategy: Any = "DEFAULT"
+    group: PlacementGroup | None = None
+
+    @classmethod
+    def on_one_node(cls, kind: Kind, gang: Gang, resources: Resources) -> Place:
+        """Hold a place for all ranks on one node. Ray finds it, and again if the node is lost."""
+        group = placement_group([dict(resources)] * gang.size, strategy="STRICT_PACK")
+        return cls(kind, gang, resources, group=group)
+
+    def give_back(self) -> None:
+        """Let others have it."""
+        if self.group is not None:
+            remove_placement_group(self.group)
+
+
+class GangWorker:
+    """The actors of one gang, started in a place."""
+
+    def __init__(self, number: int, config: RenderConfig, place: Place) -> None:
+        self.id, self.place = number, place
+        self.since = time.monotonic()
+        self.node = ""
+        self.stream: Stream | None = None
+        self._meeting = f"bachvid-{uuid.uuid4().hex}"  # a file where the ranks meet
+        self.ranks = [self._start(config, rank) for rank in range(place.gang.size)]
+
+    def _start(self, config: RenderConfig, rank: int) -> Rank:
+        place = self.place
+        strategy = place.strategy
+        if place.group is not None:
+            strategy = PlacementGroupSchedulingStrategy(
+                place.group, placement_group_bundle_index=rank
+            )
+        actor = _ACTOR.options(
+            num_cpus=place.resources["CPU"],
+            num_gpus=place.resources.get("GPU", 0),
+            scheduling_strategy=strategy,
+        ).remote(config, place.gang, rank)
+        return Rank(rank, actor, actor.place.remote())
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether a rank is being placed, or loads its model."""
+        return any(rank.starting is not None for rank in self.ranks)
+
+    @property
+    def made_with(self) -> Mapping[str, str] | None:
+        """What its videos are made with; None before all ranks have loaded their model."""
+        return None if self.is_starting else self.ranks[0].made_with
+
+    @property
+    def is_gang(self) -> bool:
+        """Whether it is more than one rank: none of them goes on without the others."""
+        return len(self.ranks) > 1
+
+    def load(self) -> None:
+        """Load the model, once all ranks are placed: they meet."""
+        for rank in self.ranks:
+            rank.starting = rank.actor.load.remote(self._meeting)
+
+    def begin(self, stream: Stream, items: Mapping[int, Iterator[ray.ObjectRef[Any]]]) -> None:
+        """Take what each rank says of a job that it was given."""
+        self.stream = stream
+        for rank in self.ranks:
+            rank.items, rank.follows = items[rank.index], None
+            rank.published = rank.over = None
+
+    def kill(self) -> None:
+        """End all ranks at once."""
+        for rank in self.ranks:
+            ray.kill(rank.actor)
+
+    def where(self) -> str:
+        """Name its processes, for messages."""
+        if not self.node:
+            return "starting"
+        pids = ", ".join(str(rank.pid) for rank in self.ranks)
+        return f"process{'es' * self.is_gang} {pids} on node {self.node[:8]}"

@@ -1,0 +1,330 @@
+"""What runs in a Ray actor: one rank of a gang, which renders identity and frame videos.
+
+Rendering methods are streaming generators, whose items the driver owns: they outlive the worker.
+Calls that come while it renders (credits, shards, the order to end) are in another concurrency
+group and only touch a `_Feed`. Imports torch when it loads the model, not before.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
+from ray.exceptions import RayError
+
+from bachvid.catalog.registry import load_facts
+from bachvid.driver.events import PreviewFrames, RunStep
+from bachvid.errors import CorruptShardError, LostShardError, WorkerError
+from bachvid.inputs.config import RenderConfig
+from bachvid.layout.gangs import Gang
+from bachvid.planning.plan import VideoPlan
+from bachvid.prompts.compose import Prompt
+from bachvid.scheduling.publication import part_key
+
+if TYPE_CHECKING:
+    from bachvid.attention.attend import SequenceGroup
+    from bachvid.engine.worker import ModelWorker, RenderedVideo
+    from bachvid.kv.cache import IdentityCache
+    from bachvid.kv.packing import PackedStep
+
+Item = TypeVar("Item")
+_EMBEDS = "embeds"
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One item of a job's stream: a small object with one thing in it. Rank 0 says all of it.
+
+    step: a denoising step is done.
+    preview: what the video will become.
+    part: the next item of the stream is no note, but this part of the publication.
+    has_cache: the next item of the stream is no note, but the identity cache, without a store.
+    is_over: the job has ended well; of rank 0 with what is `rendered`, and the seconds that it
+        `waited` for keys and values.
+    error, lost: it has not; `lost` says that published keys and values were gone or damaged.
+    """
+
+    step: RunStep | None = None
+    preview: PreviewFrames | None = None
+    part: int | None = None
+    has_cache: bool = False
+    is_over: bool = False
+    rendered: RenderedVideo | None = None
+    waited: float = 0.0
+    error: str | None = None
+    lost: str | None = None
+
+
+class _Aborted(BaseException):
+    """The driver wants no more of this job; no Exception, so that nobody takes it for a failure."""
+
+
+class _Feed:
+    """What a running job is sent: credit, the cache, parts, the order to end."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._is_aborted = False
+        self._credit = 0
+        self._cache: list[ray.ObjectRef[IdentityCache]] = []  # one, once it is there
+        self._parts: dict[tuple[int, int], Sequence[ray.ObjectRef[PackedStep]]] = {}
+
+    def send(
+        self,
+        *,
+        credit: int = 0,
+        cache: Sequence[ray.ObjectRef[IdentityCache]] = (),
+        parts: Mapping[tuple[int, int], Sequence[ray.ObjectRef[PackedStep]]] | None = None,
+        abort: bool = False,
+    ) -> None:
+        with self._changed:
+            self._credit = max(self._credit, credit)
+            self._cache = list(cache) or self._cache
+            self._parts.update(parts or {})
+            self._is_aborted |= abort
+            self._changed.notify_all()
+
+    def wait(self, is_there: Callable[[], bool] = lambda: True) -> None:
+        """Wait until something is there. Raises _Aborted if the job is to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_aborted or is_there())
+        if self._is_aborted:
+            raise _Aborted
+
+    def wait_credit(self, part: int) -> None:
+        """Wait until `part` may be published."""
+        self.wait(lambda: part < self._credit)
+
+    def wait_cache(self) -> IdentityCache:
+        """Wait for the identity cache, which has no store. Raises LostShardError."""
+        self.wait(lambda: bool(self._cache))
+        (cache,) = _pulled(self._cache, "masks and features")
+        return cache
+
+    def fetch(self, key: tuple[int, int]) -> Sequence[PackedStep]:
+        """Wait for a part and pull to this node what this rank reads. Raises LostShardError."""
+        self.wait(lambda: key in self._parts)
+        return _pulled(self._parts[key], f"keys and values of step {key[1]}")
+
+    def drop(self, passed: tuple[int, int]) -> None:
+        """Let go of the parts up to `passed`, so that the store can free them."""
+        with self._changed:
+            for key in [key for key in self._parts if key <= passed]:
+                del self._parts[key]
+
+
+def _pulled(refs: Sequence[ray.ObjectRef[Item]], what: str) -> Sequence[Item]:
+    try:
+        items: Sequence[Item] = ray.get(list(refs))
+    except RayError as error:
+        raise LostShardError(
+            f"the identity {what} are gone ({type(error).__name__}): the node or the store that "
+            f"held them is lost"
+        ) from error
+    return items
+
+
+class RayWorker:
+    """One process with one model, or its share of one. `bachvid.ray_backend.pool` calls its methods."""
+
+    def __init__(self, config: RenderConfig, gang: Gang, rank: int) -> None:
+        self._config, self._gang, self._rank = config, gang, rank
+        self._model: ModelWorker | None = None
+        self._feeds: dict[int, _Feed] = {}
+        self._last_ended = -1
+        self._lock = threading.Lock()
+
+    def place(self) -> tuple[str, int]:
+        """Return the node that this worker got, and its process there."""
+        return str(ray.get_runtime_context().get_node_id()), os.getpid()
+
+    def load(self, meeting: str) -> Mapping[str, str]:
+        """Load the model, not its text encoder; return what videos are made with.
+
+        The ranks of a gang meet in a file of that name, which is of this gang only.
+        """
+        from bachvid.attention.attend import ALONE
+        from bachvid.engine.worker import ModelWorker
+
+        group: SequenceGroup = ALONE
+        if self._gang.size > 1:
+            from bachvid.attention.parallel import join_group
+            from bachvid.models.base import choose_device
+
+            device = choose_device(self._config.model)
+            path = Path(tempfile.gettempdir()) / meeting
+            group = join_group(self._gang, self._rank, device=device, init_file=path)
+        self._model = ModelWorker(self._config, load_facts(self._config.model), group)
+        return self._model.made_with
+
+    def encode(self, prompts: Sequence[Prompt]) -> Iterator[bytes]:
+        """Yield the embeddings of each of `prompts`; then drop the text encoder.
+
+        They are [1, T, C], in the bytes of safetensors: the driver holds them, without torch.
+        """
+        from safetensors.torch import save
+
+        for prompt in prompts:
+            yield save({_EMBEDS: self._worker.model.encode_prompts([prompt]).contiguous()})
+        self._worker.model.free_text_encoder()
+
+    @ray.method(concurrency_group="control")
+    def send(self, number: int, **what: Any) -> None:
+        """Give a job what `_Feed.send` takes; too late is no error."""
+        feed = self._feed(number)
+        if feed is not None:
+            feed.send(**what)
+
+    def identity(
+        self,
+        number: int,
+        scene: str,
+        video: VideoPlan,
+        embeds: Mapping[str, ray.ObjectRef[bytes]],
+        *,
+        records: Sequence[Sequence[int]],
+        first: int,
+    ) -> Iterator[Note | PackedStep | IdentityCache]:
+        """Render an identity video and publish what it records, from the part `first` on."""
+        from bachvid.engine.worker import IdentityVideoActor
+        from bachvid.kv.cache import IdentityCache, MemoryKVStore
+
+        worker, packer = self._worker, self._worker.new_packer()
+
+        is_lead = self._rank == 0
+
+        def render(feed: _Feed) -> Iterator[Note | PackedStep | IdentityCache]:
+            run = IdentityVideoActor(worker).render(scene, video, packer, records=records)
+            part = 0
+            while True:
+                try:
+                    item = next(run)
+                except StopIteration as end:
+                    yield Note(is_over=True, rendered=end.value)
+                    return
+                feed.wait()
+                if isinstance(item, IdentityCache):
+                    if is_lead:
+                        yield Note(has_cache=True)
+                        yield replace(item, store=MemoryKVStore())
+                    continue
+                if isinstance(item, PreviewFrames):
+                    yield Note(preview=item)
+                    continue
+                if is_lead:
+                    yield Note(step=item)
+                packed = packer.take(item.step)
+                if packed is None:
+                    continue
+                if part >= first:
+                    feed.wait_credit(part)
+                    yield Note(part=part)
+                    yield packed
+                part += 1
+
+        yield from self._job(number, embeds, render)
+
+    def frame(
+        self,
+        number: int,
+        scene: str,
+        video: VideoPlan,
+        embeds: Mapping[str, ray.ObjectRef[bytes]],
+        *,
+        is_window: bool,
+        cache_bytes: int,
+    ) -> Iterator[Note]:
+        """Render a frame video from the cache and the parts that it is sent."""
+        from bachvid.engine.worker import FrameVideoActor
+        from bachvid.kv.pulling import PulledKVStore
+
+        worker, reads = self._worker, self._worker.method.reads
+        is_lead = self._rank == 0
+        store: PulledKVStore | None = None
+
+        def render(feed: _Feed) -> Iterator[Note]:
+            def open_cache() -> IdentityCache:
+                nonlocal store
+                cache = feed.wait_cache()
+                store = store or PulledKVStore(
+                    lambda run, step: feed.fetch((run if is_window else 0, step)),
+                    share=worker.share,
+                    layers=cache.layers,
+                    branches=cache.branches,
+                    passes=worker.facts.passes,
+                    config_hash=cache.config_hash,
+                    nbytes=cache_bytes,
+                )
+                return replace(cache, store=store)
+
+            run = FrameVideoActor(worker).render(scene, video, open_cache)
+            try:
+                while True:
+                    item = next(run)
+                    feed.wait()
+                    if isinstance(item, PreviewFrames):
+                        yield Note(preview=item)
+                        continue
+                    passed = part_key(reads, item)
+                    if is_window and passed:
+                        feed.drop(passed)
+                    if is_lead:
+                        yield Note(step=item)
+            except StopIteration as end:
+                waited = store.wait_seconds if store else 0.0
+                yield Note(is_over=True, rendered=end.value, waited=waited)
+            finally:
+                run.close()
+                if store is not None:
+                    store.close()
+
+        yield from self._job(number, embeds, render)
+
+    @property
+    def _worker(self) -> ModelWorker:
+        assert self._model is not None, "not loaded"
+        return self._model
+
+    def _job(
+        self,
+        number: int,
+        embeds: Mapping[str, ray.ObjectRef[bytes]],
+        render: Callable[[_Feed], Iterator[Item]],
+    ) -> Iterator[Item | Note]:
+        """Yield what `render` does, and in the end what went wrong, as a note."""
+        from safetensors.torch import load
+
+        feed = self._feed(number)
+        assert feed is not None
+        try:
+            worker = self._worker
+            found = zip(embeds, ray.get(list(embeds.values())), strict=True)
+            worker.embeds = {
+                text: load(saved)[_EMBEDS].to(worker.model.device) for text, saved in found
+            }
+            yield from render(feed)
+        except _Aborted:
+            return
+        except WorkerError as error:
+            if isinstance(error.__cause__, (CorruptShardError, LostShardError)):
+                yield Note(lost=str(error))
+            else:
+                yield Note(error=str(error))
+        finally:
+            feed.send(abort=True)  # for a thread that still waits for parts
+            with self._lock:
+                self._feeds.pop(number, None)
+                self._last_ended = max(self._last_ended, number)
+
+    def _feed(self, number: int) -> _Feed | None:
+        """Return the feed of a job, which may be sent things before it begins; None: it is over."""
+        with self._lock:
+            if number <= self._last_ended:
+                return None
+            return self._feeds.setdefault(number, _Feed())

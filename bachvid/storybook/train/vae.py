@@ -1,0 +1,97 @@
+"""Train the video autoencoder of the storybook model."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
+from torch import Tensor
+
+from bachvid.storybook import model as storybook
+from bachvid.storybook.train.common import Clips, Settings, Trainer, to_video, warm_then_decay
+
+
+def train_vae(clips: Clips, settings: Settings, steps: int) -> bool:
+    """Train the autoencoder: random crops for 60 % of the steps, then whole frames.
+
+    When the crops end, per-channel mean and deviation of the latents are folded into the weights,
+    as a pipeline knows one scalar only; the whole frames then heal what the fold did to borders.
+    """
+    torch.manual_seed(settings.seed)
+    device = settings.device
+    vae = storybook.build_vae().to(device)
+    optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, (0.9, 0.98), weight_decay=1e-3)
+    trainer = Trainer(settings, "vae", vae, [optimizer])
+    crop_steps = int(0.6 * steps)
+
+    def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        if step == crop_steps:
+            fold_latent_statistics(vae, to_video(clips.frames[:256]).to(device))
+            trainer.average = {k: v.detach().clone() for k, v in vae.state_dict().items()}
+        size = 24 if step < crop_steps else storybook.FRAME_SIZE
+        count = 24 if step < crop_steps else 8
+        rows = torch.randint(len(clips.frames), (count,), generator=generator)
+        top, left = (
+            int(torch.randint(0, (storybook.FRAME_SIZE - size) // 4 + 1, (1,), generator=generator))
+            * 4
+            for _ in range(2)
+        )
+        window = (slice(top, top + size), slice(left, left + size))
+        video = to_video(clips.frames[rows][:, :, *window]).to(device)
+        figure = clips.mask[rows][:, None, :, *window].float().to(device)
+        with torch.autocast(device, torch.bfloat16):
+            posterior = vae.encode(video).latent_dist
+            latent = posterior.mean.float()
+            spread = posterior.logvar.float()
+            noise = torch.randn(latent.shape, generator=generator).to(device)
+            decoded = vae.decode(latent + noise * torch.exp(0.5 * spread)).sample.float()
+        weight = 1 + 2 * figure
+        error = decoded - video
+        pixel = (weight * (error.abs() + 2 * error.square())).mean()
+        edges = sum(
+            (weight.narrow(d, 1, error.shape[d] - 1) * error.diff(dim=d).abs()).mean()
+            for d in (2, 3, 4)
+        )
+        divergence = 0.5 * (latent.square() + spread.exp() - 1 - spread).mean()
+        psnr = -10 * torch.log10((error.clamp(-2, 2) / 2).square().mean())
+        return {
+            "loss": pixel + 0.5 * edges + 2e-4 * divergence,
+            "psnr": psnr,
+            "divergence": divergence,
+        }
+
+    def rate_at(step: int) -> float:
+        return warm_then_decay(step, warm=100, steps=steps, decay_steps=int(0.5 * steps))
+
+    return trainer.run(loss_at, steps=steps, rate_at=rate_at, average_decay=0.995)
+
+
+@torch.no_grad()
+def fold_latent_statistics(vae: AutoencoderKLCogVideoX, video: Tensor) -> None:
+    """Make the latents of `video` zero-mean and unit-variance per channel, by changing weights."""
+    latent = torch.cat([vae.encode(part).latent_dist.mean for part in torch.split(video, 32)])
+    mean, deviation = latent.mean((0, 2, 3, 4)), latent.std((0, 2, 3, 4))
+    outward = vae.encoder.conv_out.conv
+    half = len(mean)
+    outward.weight[:half] /= deviation.view(-1, 1, 1, 1, 1)
+    outward.bias[:half] = (outward.bias[:half] - mean) / deviation
+    outward.bias[half:] -= 2 * deviation.log()  # the posterior's log variance
+    inward = [vae.decoder.conv_in.conv]
+    for module in vae.decoder.modules():
+        if isinstance(module, CogVideoXSpatialNorm3D):
+            inward += [module.conv_y.conv, module.conv_b.conv]
+    for conv in inward:
+        conv.bias += torch.einsum("oithw,i->o", conv.weight, mean)
+        conv.weight *= deviation.view(1, -1, 1, 1, 1)
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKLCogVideoX, frames: Tensor) -> Tensor:
+    """Return uint8 clips [N, F, H, W, 3] as the autoencoder gives them back."""
+    device, back = vae.device, []
+    for part in torch.split(frames, 32):
+        with torch.autocast(device.type, torch.bfloat16):
+            decoded = vae.decode(vae.encode(to_video(part).to(device)).latent_dist.mean).sample
+        pixels = ((decoded.float() + 1) * 127.5).round().clamp(0, 255)
+        back.append(pixels.permute(0, 2, 3, 4, 1).to(torch.uint8).cpu())
+    return torch.cat(back)
