@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bachvid.attention.attend import QKV, KVGroup, Rotary, attend
+from bachvid.attention.attend import attend
+from bachvid.attention.control import QKV, KVGroup
+from bachvid.attention.rotary import Rotary
 from bachvid.layout.tokens import TokenLayout
 
 HEAD_DIM = 64
@@ -23,7 +25,7 @@ REPEATS = 7
 
 
 def build_groups(layout: TokenLayout, identity: QKV) -> list[KVGroup]:
-    """Give the character, and what is background in both videos, the identity's keys."""
+    """Return the character, and what is background in both videos, the identity's keys."""
     _, height, width = layout.grid
     frame_mask = torch.zeros(layout.grid, dtype=torch.bool)
     identity_mask = frame_mask.clone()

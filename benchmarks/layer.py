@@ -19,16 +19,12 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBloc
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
 
-from bachvid.attention.attend import (
-    QKV,
-    AttentionControl,
-    AttentionSite,
-    KVGroup,
-    Rotary,
-    RunContext,
-    attend,
-)
-from bachvid.catalog.registry import PUBLISHED, ModelFacts
+from bachvid.attention.attend import attend
+from bachvid.attention.context import RunContext
+from bachvid.attention.control import QKV, AttentionControl, AttentionSite, KVGroup
+from bachvid.attention.rotary import Rotary
+from bachvid.catalog.facts import ModelFacts
+from bachvid.catalog.registry import PUBLISHED
 from bachvid.kv.cache import KVShard
 from bachvid.kv.packing import StepPacker
 from bachvid.layout.gangs import BRANCHES, Gang
@@ -73,14 +69,14 @@ class Injector(AttentionControl):
         self._key_BMHD = key_BMHD
 
     def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
-        """Give character and background their keys."""
+        """Return character and background their keys."""
         return inject_identity_kv(KVShard(site, self._key_BMHD, self._key_BMHD), self._tokens)
 
 
 def build_layer(
     facts: ModelFacts, run: RunContext, heads: int, device: torch.device, dtype: torch.dtype
 ) -> Callable[[AttentionControl | None], Tensor]:
-    """Give a function that runs one layer under a control; None is diffusers' own."""
+    """Return a function that runs one layer under a control; None is diffusers' own."""
     layout, batch = run.layout, len(run.branches)
     channels = heads * facts.head_dim
 

@@ -20,10 +20,12 @@ from heapq import heappop, heappush
 import click
 
 from bachvid.catalog.registry import PUBLISHED
-from bachvid.inputs.config import RenderConfig, read_steps, recorded_steps, resolve_config
+from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import IDENTITY_ID
-from bachvid.planning.placement import ClusterFacts, NodeFacts, plan_execution
+from bachvid.planning.nodes import ClusterFacts, NodeFacts
+from bachvid.planning.placement import plan_execution
 from bachvid.planning.plan import identity_cache_bytes
+from bachvid.planning.resolve import read_steps, recorded_steps, resolve_config
 from bachvid.scheduling.schedule import Policy, SceneWork, Schedule, Slot
 
 MODEL = PUBLISHED["THUDM/CogVideoX-5b"]
@@ -95,7 +97,7 @@ def simulate(
 
 
 def bound(scenes: Sequence[SceneWork], durations: Durations, num_workers: int) -> float:
-    """Give seconds that no schedule can beat: every identity video is rendered once."""
+    """Return seconds that no schedule can beat: every identity video is rendered once."""
     videos = sum(len(scene.frames) for scene in scenes)
     work = len(scenes) * durations.identity + videos * durations.frame
     if not videos:
@@ -108,12 +110,12 @@ def bound(scenes: Sequence[SceneWork], durations: Durations, num_workers: int) -
 
 
 def even_scenes() -> list[SceneWork]:
-    """Give 2,000 scenes of 5 actions."""
+    """Return 2,000 scenes of 5 actions."""
     return [scene(i, 5) for i in range(NUM_ACTIONS // 5)]
 
 
 def uneven_scenes() -> list[SceneWork]:
-    """Give scenes of 1 to 400 actions, most of them short, 10,000 actions in all."""
+    """Return scenes of 1 to 400 actions, most of them short, 10,000 actions in all."""
     rng = random.Random(0)
     counts: list[int] = []
     while sum(counts) < NUM_ACTIONS:
@@ -122,12 +124,12 @@ def uneven_scenes() -> list[SceneWork]:
 
 
 def scene(number: int, num_frames: int) -> SceneWork:
-    """Give a scene with as many frame videos."""
+    """Return a scene with as many frame videos."""
     return SceneWork(f"s{number}", tuple(f"f{i}" for i in range(num_frames)))
 
 
 def measured(config: RenderConfig, step: float, injected: float, decode: float) -> Durations:
-    """Give the time of the videos of a config."""
+    """Return the time of the videos of a config."""
     method, steps = config.method, config.sampling.num_steps
     assert method.mask_step is not None
     assert steps is not None
@@ -189,7 +191,7 @@ def main(profile: str, step: float, injected: float, decode: float, store: float
 
 
 def nodes(num_workers: int, store: float) -> list[NodeFacts]:
-    """Give nodes with a GPU for every worker."""
+    """Return nodes with a GPU for every worker."""
     counts = [min(GPUS_PER_NODE, num_workers - i) for i in range(0, num_workers, GPUS_PER_NODE)]
     return [
         NodeFacts(f"node{i}", f"node{i}", cpus=count, gpus=count, store_bytes=int(store * 1e9))

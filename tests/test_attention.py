@@ -6,17 +6,10 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from torch import Tensor
 
-from bachvid.attention.attend import (
-    QKV,
-    AttentionControl,
-    AttentionSite,
-    KVGroup,
-    Rotary,
-    RunContext,
-    attend,
-    controlled_attention,
-    controlled_cross_attention,
-)
+from bachvid.attention.attend import attend, controlled_attention, controlled_cross_attention
+from bachvid.attention.context import RunContext
+from bachvid.attention.control import QKV, AttentionControl, AttentionSite, KVGroup
+from bachvid.attention.rotary import Rotary
 from bachvid.errors import LayoutError
 from bachvid.layout.tokens import TokenLayout
 

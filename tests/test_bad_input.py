@@ -27,7 +27,7 @@ class Desk:
         return CliRunner().invoke(main, ["plan", str(self.story), *options])
 
     def refusal(self, story: str | bytes, *options: str) -> str:
-        """Give the message, with the names of the files for their paths."""
+        """Return the message, with the names of the files for their paths."""
         result = self.plan(story, *options)
         assert result.exit_code == 2
         assert isinstance(result.exception, SystemExit)  # no other reached the top

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bachvid.attention.attend import AttentionSite
+from bachvid.attention.control import AttentionSite
 from bachvid.errors import CacheMissError, LayoutError
 from bachvid.kv.cache import IdentityCache, KVShard, MemoryKVStore
 from bachvid.layout.tokens import TokenLayout

@@ -9,17 +9,17 @@ import pytest
 
 from bachvid.catalog.registry import PUBLISHED
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import RenderConfig, recorded_steps, resolve_config
-from bachvid.planning.cache_room import format_bytes
+from bachvid.inputs.config import RenderConfig
+from bachvid.planning.nodes import ClusterFacts, NodeFacts
 from bachvid.planning.placement import (
-    ClusterFacts,
     ExecutionPlan,
-    NodeFacts,
     ParallelDegree,
     parallel_degrees,
     plan_execution,
 )
 from bachvid.planning.plan import identity_cache_bytes
+from bachvid.planning.resolve import recorded_steps, resolve_config
+from bachvid.units import format_bytes
 
 FACTS = PUBLISHED["THUDM/CogVideoX-5b"]
 GB = 10**9

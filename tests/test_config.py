@@ -7,16 +7,11 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from bachvid.catalog.registry import PUBLISHED, ModelFacts
+from bachvid.catalog.facts import ModelFacts
+from bachvid.catalog.registry import PUBLISHED
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import (
-    MethodConfig,
-    RenderConfig,
-    config_hash,
-    read_steps,
-    recorded_steps,
-    resolve_config,
-)
+from bachvid.inputs.config import MethodConfig, RenderConfig
+from bachvid.planning.resolve import config_hash, read_steps, recorded_steps, resolve_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FACTS = PUBLISHED["THUDM/CogVideoX-5b"]

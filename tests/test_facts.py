@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from json_models import STORYBOOK, VOCABULARY, write_json_model, write_json_wan
 
-from bachvid.catalog.registry import PUBLISHED, ModelFacts, load_facts
+from bachvid.catalog.facts import ModelFacts
+from bachvid.catalog.registry import PUBLISHED, load_facts
 from bachvid.errors import BachvidError, ConfigError, ModelSupportError
 from bachvid.inputs.config import ModelConfig, VideoConfig
 

@@ -58,7 +58,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 
 
 def imports_of(path: Path, *, only_at_import: bool = False) -> set[str]:
-    """Give the modules that a file imports, not those for type checking alone."""
+    """Return the modules that a file imports, not those for type checking alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes: list[ast.AST] = list(tree.body)
     names: set[str] = set()

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from bachvid.attention.attend import AttentionSite
+from bachvid.attention.control import AttentionSite
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
 from bachvid.kv.cache import IdentityCache, KVShard
 from bachvid.kv.files import FileKVStore

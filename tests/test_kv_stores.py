@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bachvid.attention.attend import AttentionSite
+from bachvid.attention.control import AttentionSite
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
 from bachvid.kv.cache import KVShard
 from bachvid.kv.packing import PackedStep, StepPacker, sites_of
 from bachvid.kv.pulling import PulledKVStore
-from bachvid.layout.gangs import BRANCHES, Branch, Gang, RankShare, overlapping
+from bachvid.layout.gangs import BRANCHES, Branch, Gang, RankShare, overlapping_ranks
 
 LAYERS, BOTH = (1, 4, 5, 8), ("uncond", "cond")
 SHAPE = (1, 7, 3, 5)  # 105 numbers: the pieces need padding in every dtype
@@ -257,7 +257,7 @@ GANGS = [Gang(), Gang(2), Gang(3), Gang(6), Gang(2, cfg=2), Gang(4, cfg=2), Gang
 def written_by(
     gang: Gang, branches: tuple[Branch, ...], dtype: torch.dtype
 ) -> tuple[dict[AttentionSite, KVShard], list[PackedStep | None]]:
-    """Give the shards of all 6 heads of a step, and the block of each rank of a gang."""
+    """Return the shards of all 6 heads of a step, and the block of each rank of a gang."""
     shards = {}
     for site in sites_of(0, LAYERS, branches):
         whole = [shard_of(site._replace(step=half), dtype) for half in range(2)]
@@ -290,7 +290,7 @@ def test_every_rank_reads_its_branches_and_heads_whoever_wrote_them(
 ) -> None:
     shards, blocks = written_by(writers, branches, torch.bfloat16)
     for share in readers.shares(6):
-        needed = overlapping(share, writers.shares(6), branches)
+        needed = overlapping_ranks(share, writers.shares(6), branches)
         packs = [sent(packed) for rank in needed if (packed := blocks[rank])]
         assert len(packs) == len(needed)
         read = [

@@ -21,21 +21,16 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-from bachvid.attention.attend import (
-    ALONE,
-    QKV,
-    AttentionControl,
-    AttentionSite,
-    KVGroup,
-    Rotary,
-    RunContext,
-    SequenceGroup,
-)
+from bachvid.attention.context import RunContext
+from bachvid.attention.control import QKV, AttentionControl, AttentionSite, KVGroup
+from bachvid.attention.groups import ALONE, SequenceGroup
 from bachvid.attention.parallel import JoinedGroup
+from bachvid.attention.rotary import Rotary
+from bachvid.catalog.facts import ModelFacts
 from bachvid.catalog.files import PartSize
-from bachvid.catalog.registry import PUBLISHED, ModelFacts, load_facts
+from bachvid.catalog.registry import PUBLISHED, load_facts
 from bachvid.errors import ModelSupportError
-from bachvid.inputs.config import ModelConfig, RenderConfig, resolve_config
+from bachvid.inputs.config import ModelConfig, RenderConfig
 from bachvid.kv.cache import KVShard
 from bachvid.layout.gangs import Gang
 from bachvid.methods.ops.injection import InjectedTokens, inject_identity_kv
@@ -44,6 +39,7 @@ from bachvid.models.base import shard_tokens
 from bachvid.planning import memory
 from bachvid.planning.memory import PUBLISHED_PARTS, WeightBytes, rank_memory, weight_bytes
 from bachvid.planning.plan import identity_cache_bytes
+from bachvid.planning.resolve import resolve_config
 
 COG_2B, COG_5B = "THUDM/CogVideoX-2b", "THUDM/CogVideoX-5b"
 WAN_1B, WAN_14B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"

@@ -27,7 +27,7 @@ def plan(tmp_path: Path) -> RenderPlan:
 
 
 def events_of(plan: RenderPlan, todo: set[str]) -> list[Event]:
-    """Give what the driver tells when only the videos of `todo` are missing."""
+    """Return what the driver tells when only the videos of `todo` are missing."""
     (scene,) = plan.scenes
     steps, pre_pass = 5, plan.frame_steps - 5
     name = scene.scene.id

@@ -11,18 +11,19 @@ from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 
-from bachvid.catalog.registry import Vocabulary, load_facts
+from bachvid.catalog.facts import Vocabulary
+from bachvid.catalog.registry import load_facts
 from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.inputs.config import ModelConfig
 from bachvid.prompts.compose import (
     Prompt,
     PromptPart,
     PromptSpan,
-    PromptTokenizer,
     compose_prompt,
     noun_ranges,
     vocabulary_phrase,
 )
+from bachvid.prompts.tokenizer import PromptTokenizer
 
 VOCABULARY = Vocabulary(
     background=("a desert",), character=("a Green robot",), action=("jumps", "squats")

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from bachvid.atomic import content_sha256, write_atomically
 from bachvid.errors import BachvidError, ConfigError
 from bachvid.output.journal import JOURNAL, RunHeader, VideoRecord, read_run
-from bachvid.output.run_directory import RunDirectory, content_sha256, write_atomically
+from bachvid.output.run_directory import RunDirectory
 
 HEADER = RunHeader(
     story={"title": "t", "scenes": [{"id": "s", "actions": ["jumps", "waves"]}]},

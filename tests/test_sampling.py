@@ -10,21 +10,19 @@ import torch
 from diffusers import CogVideoXDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from bachvid.attention.attend import QKV, AttentionControl, AttentionSite, KVGroup, RunContext
+from bachvid.attention.context import RunContext
+from bachvid.attention.control import QKV, AttentionControl, AttentionSite, KVGroup
 from bachvid.catalog.registry import load_facts
 from bachvid.engine.sampling import Denoised, denoise
-from bachvid.inputs.config import (
-    ModelConfig,
-    RenderConfig,
-    SamplingConfig,
-    VideoConfig,
-    resolve_config,
-)
+from bachvid.inputs.config import ModelConfig, RenderConfig, SamplingConfig, VideoConfig
 from bachvid.kv.cache import MemoryKVStore
 from bachvid.methods.bachvid import IdentityRecorder
 from bachvid.methods.base import MethodSettings
-from bachvid.models.base import VideoModel, load_model
-from bachvid.prompts.compose import Prompt, PromptTokenizer, compose_prompt
+from bachvid.models.base import VideoModel
+from bachvid.models.registry import load_model
+from bachvid.planning.resolve import resolve_config
+from bachvid.prompts.compose import Prompt, compose_prompt
+from bachvid.prompts.tokenizer import PromptTokenizer
 
 PROMPT = compose_prompt("a snowy forest", "a girl in a yellow dress", "jumps")
 SEED = 7
@@ -98,7 +96,7 @@ def steps_of(
 
 
 def sample(model: VideoModel, **how: Any) -> Tensor:
-    """Give the latents of the last step."""
+    """Return the latents of the last step."""
     return deque(steps_of(model, **how), maxlen=1)[0].latents
 
 

@@ -24,7 +24,7 @@ Started = list[tuple[int, str, str]]
 
 
 def work(*num_frames: int) -> list[SceneWork]:
-    """Give scenes s0, s1, ... with frame videos f0, f1, ..."""
+    """Return scenes s0, s1, ... with frame videos f0, f1, ..."""
     return [
         SceneWork(f"s{i}", tuple(f"f{n}" for n in range(count)))
         for i, count in enumerate(num_frames)

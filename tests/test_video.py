@@ -8,22 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bachvid.engine.arrays import Foreground, Frames
 from bachvid.errors import LayoutError
-from bachvid.output.mp4 import (
-    Foreground,
-    Frames,
-    SheetRow,
-    enlarge,
-    enlargement,
-    identity_colours,
-    match_rows,
-    overlay_mask,
-    read_metadata,
-    read_mp4,
-    upsample_foreground,
-    write_mp4,
-    write_sheet,
-)
+from bachvid.output.mp4 import read_metadata, read_mp4, write_mp4
+from bachvid.output.overlays import identity_colours, match_rows, overlay_mask, upsample_foreground
+from bachvid.output.pixels import enlarge, enlargement
+from bachvid.output.sheets import SheetRow, write_sheet
 
 
 def colour_blocks() -> Frames:

@@ -35,21 +35,21 @@ class JoinedGroup:
     _leave: Callable[[], None]
 
     def to_heads(self, x_BSHD: Tensor) -> Tensor:
-        """Give [B, size * S, H / size, D]: all rows of this rank's heads."""
+        """Return [B, size * S, H / size, D]: all rows of this rank's heads."""
         heads_BSHD: Tensor = SeqAllToAll4D.apply(self._sequence, x_BSHD, 2, 1)
         return heads_BSHD
 
     def to_tokens(self, x_BSHD: Tensor) -> Tensor:
-        """Give [B, S / size, H * size, D]: this rank's rows of all heads."""
+        """Return [B, S / size, H * size, D]: this rank's rows of all heads."""
         rows_BSHD: Tensor = SeqAllToAll4D.apply(self._sequence, x_BSHD, 1, 2)
         return rows_BSHD
 
     def gather_heads(self, x_BTHD: Tensor) -> Tensor:
-        """Give [B, T, H * size, D]: the heads of all ranks, in order."""
+        """Return [B, T, H * size, D]: the heads of all ranks, in order."""
         return torch.cat(_all_gather(x_BTHD, self._sequence), dim=2)
 
     def gather_tokens(self, x_BNC: Tensor) -> Tensor:
-        """Give [B, size * N, C]: the rows of all ranks, in raster order."""
+        """Return [B, size * N, C]: the rows of all ranks, in raster order."""
         return torch.cat(_all_gather(x_BNC, self._sequence), dim=1)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class JoinedGroup:
         return total
 
     def from_cond(self, x: Tensor) -> Tensor:
-        """Give what the rank of the branch cond has."""
+        """Return what the rank of the branch cond has."""
         if self.cfg_size == 1:
             return x
         given = x.clone(memory_format=torch.contiguous_format)
@@ -67,7 +67,7 @@ class JoinedGroup:
         return given
 
     def gather_branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Give what the ranks of uncond and of cond have."""
+        """Return what the ranks of uncond and of cond have."""
         uncond, cond = _all_gather(x, self._cfg)
         return uncond, cond
 

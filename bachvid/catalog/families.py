@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bachvid.inputs.config import SchedulerName
+from bachvid.inputs.choices import SchedulerName
 from bachvid.layout.gangs import Branch
 
 Family = Literal["cogvideox", "wan"]

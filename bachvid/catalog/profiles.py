@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bachvid.inputs.config import (
+from bachvid.inputs.choices import (
     Branches,
     Dtype,
     MaskSoftmax,
@@ -58,7 +58,7 @@ class DefaultFacts(BaseModel):
 
 
 def cogvideox_profiles(num_layers: int) -> dict[str, ProfileFacts]:
-    """Give both profiles for a CogVideoX of `num_layers`; published are the layers of 42 (5b)."""
+    """Return both profiles for a CogVideoX of `num_layers`; published are the layers of 42 (5b)."""
     vital_layers = (0, 1, 11, 12, 13, 14, 15, 17, 19, 20, 21, 23, 29, 34, 41)
     paper = ProfileFacts(
         vital_layers=_at_depth(vital_layers, num_layers, published=42),
@@ -73,7 +73,7 @@ def cogvideox_profiles(num_layers: int) -> dict[str, ProfileFacts]:
 
 
 def wan_profiles(num_layers: int) -> dict[str, ProfileFacts]:
-    """Give both profiles for a Wan2.1 of `num_layers`; published are the layers of 40 (14B).
+    """Return both profiles for a Wan2.1 of `num_layers`; published are the layers of 40 (14B).
 
     Injected steps are those of CogVideoX: none are published for Wan.
     """

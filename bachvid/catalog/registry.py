@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from bachvid.catalog.families import FAMILIES, Family
-from bachvid.catalog.files import (
+from bachvid.catalog.cogvideox import _COGVIDEOX_TRANSFORMERS, _cogvideox_facts
+from bachvid.catalog.cogvideox_files import (
     CogVideoXTransformerFile,
     CogVideoXVaeFile,
-    JsonFile,
-    ModelIndex,
-    TextEncoderFile,
-    WanTransformerFile,
-    WanVaeFile,
     check_cogvideox,
-    check_wan,
-    download_json,
-    read_json,
 )
-from bachvid.catalog.profiles import DefaultFacts, ProfileFacts, cogvideox_profiles, wan_profiles
+from bachvid.catalog.facts import ModelFacts, Vocabulary
+from bachvid.catalog.families import FAMILIES
+from bachvid.catalog.files import JsonFile, ModelIndex, TextEncoderFile, download_json, read_json
+from bachvid.catalog.profiles import DefaultFacts, ProfileFacts
+from bachvid.catalog.wan import _WAN_TRANSFORMERS, _wan_facts
+from bachvid.catalog.wan_files import WanTransformerFile, WanVaeFile, check_wan
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.inputs.config import Dtype, ModelConfig, SchedulerName, VideoConfig
-from bachvid.inputs.strict_yaml import did_you_mean, shown
-from bachvid.layout.gangs import Branch
-from bachvid.layout.tokens import TokenLayout
+from bachvid.inputs.config import ModelConfig
+from bachvid.inputs.strict_yaml import did_you_mean, quote
 
 STORYBOOK_ID = "storybook"
 STORYBOOK_FOLDER = Path(__file__).parents[1] / "storybook" / "weights"
@@ -39,102 +33,8 @@ EMBEDDED: Mapping[str, Path] = {
 }
 
 
-class Vocabulary(BaseModel):
-    """The phrases that a model was trained on, where those are all that it understands."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    background: tuple[str, ...]
-    character: tuple[str, ...]
-    action: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """The sizes and defaults of one model. `folder` is None for a Hub model not downloaded."""
-
-    name: str
-    family: Family
-    folder: Path | None
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    ffn_dim: int  # channels within a feed-forward
-    text_tokens: int  # the length that every prompt is padded to
-    text_dim: int
-    has_rope: bool
-    patch_size: int  # latents per token, along height and width; along time it is 1
-    latent_channels: int
-    vae_channels: int  # of the autoencoder's layers at full resolution
-    spatial_ratio: int  # pixels per latent, along height and width
-    temporal_ratio: int  # pixel frames per latent frame, after the first
-    defaults: DefaultFacts
-    profiles: Mapping[str, ProfileFacts]
-    max_grid: int | None = None  # tokens along each axis that there are positions for
-    vocabulary: Vocabulary | None = None
-
-    @property
-    def schedulers(self) -> tuple[SchedulerName, ...]:
-        """The schedulers that the family has."""
-        return FAMILIES[self.family].schedulers
-
-    @property
-    def passes(self) -> tuple[tuple[Branch, ...], ...]:
-        """The forwards of one guided step, in their order, by the CFG branches that share one."""
-        return FAMILIES[self.family].passes
-
-    @property
-    def cleans_text(self) -> bool:
-        """Whether prompts are cleaned before they are tokenized."""
-        return FAMILIES[self.family].cleans_text
-
-    @property
-    def joint_text_tokens(self) -> int:
-        """Text tokens in the video's own attention; 0 where text has an attention of its own."""
-        return self.text_tokens if FAMILIES[self.family].has_joint_text else 0
-
-    def layout(self, video: VideoConfig) -> TokenLayout:
-        """Give the token layout of a resolved config. Raises ConfigError for an illegal size."""
-        assert video.pixel_frames is not None
-        assert video.height is not None
-        assert video.width is not None
-        grid = self.grid(video.pixel_frames, video.height, video.width)
-        return TokenLayout(self.joint_text_tokens, *grid)
-
-    def grid(self, pixel_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Give the token grid (latent_frames, grid_height, grid_width) of a video.
-
-        Raises ConfigError with the nearest legal values.
-        """
-        frame_stride = self.temporal_ratio
-        if (pixel_frames - 1) % frame_stride:
-            nearest = _nearest(pixel_frames - 1, frame_stride, first=0)
-            raise ConfigError(
-                f"video.pixel_frames: is {pixel_frames}: must be 1 more than a multiple of "
-                f"{frame_stride}; nearest are {' and '.join(str(n + 1) for n in nearest)}"
-            )
-        stride = math.lcm(FAMILIES[self.family].size_step, self.spatial_ratio * self.patch_size)
-        for name, size in (("height", height), ("width", width)):
-            if size % stride:
-                nearest = _nearest(size, stride, first=stride)
-                raise ConfigError(
-                    f"video.{name}: is {size}: must be a multiple of {stride}; "
-                    f"nearest are {' and '.join(map(str, nearest))}"
-                )
-        token_pixels = self.spatial_ratio * self.patch_size
-        latent_frames = (pixel_frames - 1) // frame_stride + 1
-        grid = latent_frames, height // token_pixels, width // token_pixels
-        for name, tokens in zip(("pixel_frames", "height", "width"), grid, strict=True):
-            if self.max_grid is not None and tokens > self.max_grid:
-                raise ConfigError(
-                    f"video.{name}: makes {tokens} tokens along this axis: {self.name} has "
-                    f"positions for {self.max_grid}; choose a smaller video"
-                )
-        return grid
-
-
 def load_facts(model: ModelConfig) -> ModelFacts:
-    """Give the facts of an embedded model, a folder, or a Hub id.
+    """Return the facts of an embedded model, a folder, or a Hub id.
 
     The published models need no network; of another Hub id the json files are downloaded.
     Raises ConfigError if `model.id` names nothing, ModelSupportError if not a model that we run.
@@ -149,7 +49,7 @@ def load_facts(model: ModelConfig) -> ModelFacts:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model.id):
         guess = did_you_mean(model.id, [*EMBEDDED, *PUBLISHED])
         raise ConfigError(
-            f"model.id: is {shown(model.id)}: must be {' or '.join(map(repr, EMBEDDED))}, a folder "
+            f"model.id: is {quote(model.id)}: must be {' or '.join(map(repr, EMBEDDED))}, a folder "
             f"that exists, or a Hub id as 'THUDM/CogVideoX-5b'.{guess}"
         )
     return read_facts(download_json(model), name=model.id)
@@ -187,86 +87,6 @@ def read_facts(folder: Path, *, name: str) -> ModelFacts:
     return _with_own_facts(facts, folder / "storybook.json")
 
 
-def _cogvideox_facts(
-    transformer: CogVideoXTransformerFile,
-    vae: CogVideoXVaeFile,
-    *,
-    name: str,
-    folder: Path | None,
-    dtype: Dtype = "float32",  # right for every folder
-) -> ModelFacts:
-    spatial_ratio = 2 ** (len(vae.block_out_channels) - 1)
-    return ModelFacts(
-        name=name,
-        family="cogvideox",
-        folder=folder,
-        num_layers=transformer.num_layers,
-        num_heads=transformer.num_attention_heads,
-        head_dim=transformer.attention_head_dim,
-        ffn_dim=4 * transformer.num_attention_heads * transformer.attention_head_dim,
-        text_tokens=transformer.max_text_seq_length,
-        text_dim=transformer.text_embed_dim,
-        has_rope=transformer.use_rotary_positional_embeddings,
-        patch_size=transformer.patch_size,
-        latent_channels=transformer.in_channels,
-        spatial_ratio=spatial_ratio,
-        temporal_ratio=vae.temporal_compression_ratio,
-        vae_channels=vae.block_out_channels[0],
-        defaults=DefaultFacts(
-            pixel_frames=transformer.sample_frames,
-            height=transformer.sample_height * spatial_ratio,
-            width=transformer.sample_width * spatial_ratio,
-            fps=8,
-            num_steps=50,
-            guidance_scale=6.0,
-            scheduler="ddim",
-            dtype=dtype,
-            noise="same",
-        ),
-        profiles=cogvideox_profiles(transformer.num_layers),
-    )
-
-
-def _wan_facts(
-    transformer: WanTransformerFile,
-    vae: WanVaeFile,
-    *,
-    name: str,
-    folder: Path | None,
-    dtype: Dtype = "float32",
-) -> ModelFacts:
-    return ModelFacts(
-        name=name,
-        family="wan",
-        folder=folder,
-        num_layers=transformer.num_layers,
-        num_heads=transformer.num_attention_heads,
-        head_dim=transformer.attention_head_dim,
-        ffn_dim=transformer.ffn_dim,
-        text_tokens=512,  # no file says it: the stock pipeline's default
-        text_dim=transformer.text_dim,
-        has_rope=True,
-        patch_size=transformer.patch_size[1],
-        latent_channels=transformer.in_channels,
-        spatial_ratio=vae.scale_factor_spatial,
-        temporal_ratio=vae.scale_factor_temporal,
-        vae_channels=vae.base_dim,
-        defaults=DefaultFacts(
-            pixel_frames=81,
-            height=480,
-            width=832,
-            fps=16,
-            num_steps=50,
-            guidance_scale=5.0,
-            scheduler="unipc",
-            dtype=dtype,
-            noise="same",
-        ),
-        profiles=wan_profiles(transformer.num_layers),
-        max_grid=transformer.rope_max_seq_len,
-    )
-
-
 class _StorybookFile(JsonFile):
     text_tokens: int | None = Field(None, ge=1)  # only where no file of diffusers says it
     vocabulary: Vocabulary | None = None
@@ -275,7 +95,7 @@ class _StorybookFile(JsonFile):
 
 
 def _with_own_facts(facts: ModelFacts, path: Path) -> ModelFacts:
-    """Give `facts` with what stands in a file of ours, where a folder has one."""
+    """Return `facts` with what stands in a file of ours, where a folder has one."""
     if not path.exists():
         return facts
     own = read_json(path, _StorybookFile)
@@ -292,32 +112,6 @@ def _with_own_facts(facts: ModelFacts, path: Path) -> ModelFacts:
         vocabulary=own.vocabulary,
     )
 
-
-def _nearest(value: int, stride: int, *, first: int) -> list[int]:
-    below = value // stride * stride
-    return [legal for legal in (below, below + stride) if legal >= first]
-
-
-# --- published models ---------------------------------------------------------------------------
-
-# Source: diffusers, scripts/convert_cogvideox_to_diffusers.py, get_transformer_init_kwargs.
-_COGVIDEOX_TRANSFORMERS: Mapping[str, tuple[CogVideoXTransformerFile, Dtype]] = {
-    "CogVideoX-2b": (CogVideoXTransformerFile(), "float16"),
-    "CogVideoX-5b": (
-        CogVideoXTransformerFile(
-            num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True
-        ),
-        "bfloat16",
-    ),
-}
-
-# Source: diffusers, scripts/convert_wan_to_diffusers.py, get_transformer_config.
-_WAN_TRANSFORMERS: Mapping[str, WanTransformerFile] = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": WanTransformerFile(
-        num_layers=30, num_attention_heads=12, ffn_dim=8960
-    ),
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": WanTransformerFile(),
-}
 
 PUBLISHED: Mapping[str, ModelFacts] = {
     f"{owner}/{name}": _cogvideox_facts(

@@ -15,7 +15,7 @@ from bachvid.catalog.registry import EMBEDDED, load_facts
 from bachvid.errors import BachvidError, WorkerError
 from bachvid.inputs.config import ModelConfig, RenderConfig
 from bachvid.inputs.story import Action, Scene, Story
-from bachvid.planning.cache_room import format_bytes
+from bachvid.units import format_bytes
 
 _PACKAGES = ("torch", "diffusers", "transformers", "ray", "av")
 

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from bachvid.driver.events import Done, Event, Failed, FrameStep, IdentityStep, Published, Queued
 from bachvid.inputs.story import IDENTITY_ID
-from bachvid.planning.cache_room import format_bytes
 from bachvid.planning.plan import RenderPlan
+from bachvid.units import format_bytes
 
 
 class Progress(AbstractContextManager["Progress"], Protocol):
@@ -21,7 +21,7 @@ class Progress(AbstractContextManager["Progress"], Protocol):
 
 
 def open_progress(plan: RenderPlan) -> Progress:
-    """Give a live bar where stderr is a terminal, else lines."""
+    """Return a live bar where stderr is a terminal, else lines."""
     return BarProgress(plan) if sys.stderr.isatty() else LineProgress()
 
 
@@ -108,7 +108,7 @@ class BarProgress:
 
 
 def stage_line(event: Event) -> str:
-    """Give the line that tells of a stage that has ended, or nothing."""
+    """Return the line that tells of a stage that has ended, or nothing."""
     match event:
         case Published():
             return f"{event.scene}: {format_bytes(event.cache_bytes)} of keys and values recorded"

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bachvid.output.mp4 import Frames
+    pass
 
-Phase = Literal["pre_pass", "main_run"]
-
-
-@dataclass(frozen=True, slots=True)
-class RunStep:
-    """A worker has done a denoising step of a video; runs of a video count from 0."""
-
-    run: int
-    step: int
-
-
-@dataclass(frozen=True, slots=True)
-class PreviewFrames:
-    """What a worker expects a video to become, uint8 [frames, height, width, 3]."""
-
-    frames: Frames
+from bachvid.engine.steps import Phase
 
 
 @dataclass(frozen=True, slots=True)

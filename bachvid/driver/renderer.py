@@ -32,7 +32,7 @@ from bachvid.output.run_directory import RunDirectory, disk_errors
 from bachvid.planning.plan import render_plan
 
 if TYPE_CHECKING:
-    from bachvid.planning.placement import ClusterFacts
+    from bachvid.planning.nodes import ClusterFacts
 
 __all__ = [  # the driver API: the renderer and what it says
     "Done",
@@ -140,7 +140,7 @@ def _cluster(address: str | None) -> Iterator[ClusterFacts | None]:
     if address is None:
         yield None
         return
-    from bachvid.ray_backend.connection import connected
+    from bachvid.ray_backend.connection import ray_connection
 
-    with connected(address) as cluster:
+    with ray_connection(address) as cluster:
         yield cluster

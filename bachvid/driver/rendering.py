@@ -23,10 +23,11 @@ from bachvid.driver.events import (
     Preview,
     Published,
     Queued,
-    RunStep,
 )
+from bachvid.driver.local_pool import LocalPool
+from bachvid.engine.arrays import Frames
+from bachvid.engine.steps import RunStep
 from bachvid.errors import WorkerError
-from bachvid.inputs.config import read_steps
 from bachvid.output.files import (
     IdentityPicture,
     contact_sheet,
@@ -37,15 +38,15 @@ from bachvid.output.files import (
     write_preview,
 )
 from bachvid.output.journal import VideoRecord
-from bachvid.output.mp4 import Frames, sheet_tiles
 from bachvid.output.run_directory import RunDirectory
+from bachvid.output.sheets import sheet_tiles
 from bachvid.planning.plan import RenderPlan, ScenePlan, VideoPlan
+from bachvid.planning.resolve import read_steps
 from bachvid.scheduling.pool import (
     Broken,
     CacheLost,
     Finished,
     Job,
-    LocalPool,
     Message,
     Pool,
     Previewed,
@@ -216,7 +217,7 @@ class Rendering:
             yield self._done(scene, job.video, is_resumed=False)
 
     def _fail(self, job: Job, error: str) -> Iterator[Event]:
-        """Give a video up; with an identity video all that wait for it."""
+        """Return a video up; with an identity video all that wait for it."""
         scene, name = job.scene, job.scene.scene.id
         for video in scene.videos if job.is_identity else [job.video]:
             is_wanted = video.id in self._todo[name]

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -21,50 +18,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bachvid import __version__
-from bachvid.attention.attend import ALONE, RunContext, SequenceGroup
-from bachvid.catalog.registry import ModelFacts
-from bachvid.driver.events import Phase, PreviewFrames, RunStep
+from bachvid.attention.context import RunContext
+from bachvid.attention.groups import ALONE, SequenceGroup
+from bachvid.catalog.facts import ModelFacts
+from bachvid.engine.arrays import Frames
+from bachvid.engine.results import MatchedTokens, RenderedVideo
 from bachvid.engine.sampling import Denoised, denoise
-from bachvid.errors import WorkerError
-from bachvid.inputs.config import RenderConfig, config_hash
-from bachvid.kv.cache import IdentityCache, KVStore
+from bachvid.engine.steps import Phase, PreviewFrames
+from bachvid.engine.timing import timed
+from bachvid.inputs.config import RenderConfig
 from bachvid.kv.files import FileKVStore
 from bachvid.kv.packing import StepPacker
 from bachvid.layout.gangs import Gang, RankShare
 from bachvid.methods import build_method
-from bachvid.methods.base import MethodControl, MethodSettings, Observation
+from bachvid.methods.base import MethodControl, MethodSettings
 from bachvid.methods.ops.injection import InjectedTokens
 from bachvid.methods.ops.masks import MaskRecovery
-from bachvid.models.base import load_model
-from bachvid.output.mp4 import Foreground, Frames
+from bachvid.models.registry import load_model
 from bachvid.planning.plan import VideoPlan
-from bachvid.prompts.compose import Prompt, PromptTokenizer, TokenizedPrompt
-
-
-@dataclass(frozen=True, slots=True)
-class MatchedTokens:
-    """For every frame token its identity token, and whether it saw that token's keys."""
-
-    index_N: NDArray[np.int64]
-    used: Foreground
-
-
-@dataclass(frozen=True, slots=True)
-class RenderedVideo:
-    """One video and what became known about it.
-
-    `frames` are in pixels, `foreground` in tokens, `latents` in the model's own layout.
-    """
-
-    frames: Frames
-    latents: NDArray[np.float32]
-    foreground: Foreground
-    matched: MatchedTokens | None
-    latents_sha256: str
-    frames_sha256: str
-    seconds: Mapping[str, float]
-    recoveries: tuple[str, ...]
-    cache_bytes: int
+from bachvid.planning.resolve import config_hash
+from bachvid.prompts.compose import Prompt
+from bachvid.prompts.tokenizer import PromptTokenizer, TokenizedPrompt
 
 
 class ModelWorker:
@@ -208,7 +182,7 @@ class ModelWorker:
 
         None for a rank that sees no pixels.
         """
-        with _timed(seconds, "decode"):
+        with timed(seconds, "decode"):
             frames = self.decode(latents)
         if frames is None:
             return None
@@ -224,86 +198,6 @@ class ModelWorker:
             recoveries=tuple(_recovery_text(recovery) for recovery in seen.recoveries),
             cache_bytes=cache_bytes,
         )
-
-
-class IdentityVideoActor:
-    """Renders the identity video of a scene and records what its frame videos need."""
-
-    def __init__(self, worker: ModelWorker) -> None:
-        self._worker = worker
-
-    def render(
-        self,
-        scene: str,
-        video: VideoPlan,
-        store: KVStore,
-        *,
-        records: Sequence[Sequence[int]],
-    ) -> Generator[RunStep | IdentityCache | PreviewFrames, None, RenderedVideo | None]:
-        """Render the video: yield every step, and the cache as soon as the mask is known.
-
-        There is one run for each of `records`, which names the steps that it puts into `store`.
-        All but the last end with the mask step: they serve pre-passes, which end there too. The
-        cache is yielded in the first run. Every rank of a gang yields the same steps.
-        Raises WorkerError, naming video and step, whatever goes wrong.
-        """
-        worker, seconds = self._worker, dict[str, float]()
-        run = worker.new_run()
-        with _blamed(scene, video, run):
-            prompt = worker.tokenize(video)
-            for number, steps in enumerate(records):
-                control = worker.method.identity_control(run, prompt, store, steps=steps)
-                phase: Phase = "main_run" if number == len(records) - 1 else "pre_pass"
-                with _timed(seconds, phase):
-                    for done in worker.denoise(run, video, control, phase=phase):
-                        latents = done.latents
-                        yield RunStep(number, done.step)
-                        if number == 0 and done.step == worker.config.method.mask_step:
-                            yield control.cache(video.seed)
-                        if phase == "main_run":
-                            yield from worker.previews(done)
-            return worker.finish(latents, control, seconds=seconds, cache_bytes=store.nbytes)
-
-
-class FrameVideoActor:
-    """Renders frame videos, each from the identity cache of its scene."""
-
-    def __init__(self, worker: ModelWorker) -> None:
-        self._worker = worker
-
-    def render(
-        self, scene: str, video: VideoPlan, open_cache: Callable[[], IdentityCache]
-    ) -> Generator[RunStep | PreviewFrames, None, RenderedVideo | None]:
-        """Render the video: yield every step of all its runs, as `method.reads` counts them.
-
-        `open_cache` gives the cache when it is first needed; it may wait for the identity video.
-        Raises WorkerError, naming video and step, whatever goes wrong.
-        """
-        worker, seconds = self._worker, dict[str, float]()
-        method, run = worker.method, worker.new_run()
-        observation: Observation | None = None
-        with _blamed(scene, video, run):
-            prompt = worker.tokenize(video)
-            for number, steps in enumerate(method.reads[:-1]):
-                with _timed(seconds, "pre_pass"):
-                    cache = _begin(open_cache(), steps) if steps else None
-                    control = method.pre_pass_control(run, prompt, cache, observation)
-                    for done in worker.denoise(run, video, control, phase="pre_pass"):
-                        yield RunStep(number, done.step)
-                    observation = control.observation
-            with _timed(seconds, "main_run"):  # matching belongs to it
-                cache = _begin(open_cache(), method.reads[-1])
-                control = method.frame_control(run, prompt, cache, observation)
-                for done in worker.denoise(run, video, control, phase="main_run"):
-                    latents = done.latents
-                    yield RunStep(len(method.reads) - 1, done.step)
-                    yield from worker.previews(done)
-            return worker.finish(latents, control, seconds=seconds, cache_bytes=cache.store.nbytes)
-
-
-def _begin(cache: IdentityCache, steps: Sequence[int]) -> IdentityCache:
-    cache.store.begin(steps)
-    return cache
 
 
 def array_sha256(array: NDArray[np.uint8]) -> str:
@@ -338,26 +232,3 @@ def _recovery_text(recovery: MaskRecovery) -> str:
     if recovery.remedy == "quantile":
         return f"{text}taken again above the score {recovery.threshold:.3g}"
     return f"{text}only the background was injected"
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add to the seconds of a stage, which may come more than once."""
-    start = time.perf_counter()
-    yield
-    seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
-
-
-@contextmanager
-def _blamed(scene: str, video: VideoPlan, run: RunContext) -> Iterator[None]:
-    """Name video and step in whatever goes wrong: here a process may end.
-
-    A step callback that cancels raises no Exception, but a BaseException, and passes.
-    """
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).strip() or "no reason given"
-        raise WorkerError(
-            f"{scene}/{video.id} failed at step {run.step}: {type(error).__name__}: {reason}"
-        ) from error

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from bachvid.errors import ConfigError
-from bachvid.inputs.strict_yaml import parse_mapping, read_text, shown, validate
+from bachvid.inputs.strict_yaml import parse_mapping, quote, read_text, validate
 from bachvid.inputs.words import find_words
 
 IDENTITY_ID = "identity"  # of the identity video, and so no action's
@@ -53,13 +53,13 @@ def _is_text(value: object) -> bool:
 
 def _check_id(name: str) -> str:
     if not _ID.fullmatch(name):
-        raise ValueError(f"is {shown(name)}: {_ID_RULE}")
+        raise ValueError(f"is {quote(name)}: {_ID_RULE}")
     return name
 
 
 def _check_action_id(name: str) -> str:
     if name == IDENTITY_ID:
-        raise ValueError(f"is {shown(name)}: that is the identity video's; choose another")
+        raise ValueError(f"is {quote(name)}: that is the identity video's; choose another")
     return _check_id(name)
 
 
@@ -84,7 +84,7 @@ class Action(_Part):
         if isinstance(value, str):
             value = {"text": value}
         elif not isinstance(value, dict):
-            raise ValueError(f"is {shown(value)}: must be text, or a mapping of id, text and seed")
+            raise ValueError(f"is {quote(value)}: must be text, or a mapping of id, text and seed")
         text = value.get("text")
         if "id" in value:
             return value
@@ -93,7 +93,7 @@ class Action(_Part):
         slug = _slug(str(text))
         if not _ID.fullmatch(slug) or slug == IDENTITY_ID:
             raise ValueError(
-                f"{shown(text)} makes no id for its files; write {{id: some-name, text: ...}}"
+                f"{quote(text)} makes no id for its files; write {{id: some-name, text: ...}}"
             )
         return {**value, "id": slug}
 
@@ -150,7 +150,7 @@ class Scene(_Part):
                 # A text that is itself wrong is not there, and is reported.
                 if part in info.data and not find_words([word], info.data[part]):
                     raise ValueError(
-                        f"{part} has {shown(word)}, which is no word of {shown(info.data[part])}"
+                        f"{part} has {quote(word)}, which is no word of {quote(info.data[part])}"
                     )
         return nouns
 
@@ -223,7 +223,7 @@ class Story(_Part):
 
 
 def video_seed(story: Story, scene: Scene, action: Action | None, noise: NoisePolicy) -> int:
-    """Give the noise seed of a video; `action` is None for the identity video.
+    """Return the noise seed of a video; `action` is None for the identity video.
 
     `same`: one seed for every video of a scene. `independent`: one for each video. Both depend
     on the story's seed and on ids only, so adding or moving scenes changes no other video. An
@@ -249,7 +249,7 @@ def _check_ids(whole: str, part: str, ids: list[str]) -> None:
     for index, name in enumerate(ids):
         if name in ids[:index]:
             raise ValueError(
-                f"[{ids.index(name)}] and [{index}] have the same id {shown(name)}; "
+                f"[{ids.index(name)}] and [{index}] have the same id {quote(name)}; "
                 f"give each {part} its own id"
             )
 

@@ -35,7 +35,7 @@ class _StrictLoader(yaml.SafeLoader):
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    problem = f"the key {shown(key.value)} stands here twice"
+                    problem = f"the key {quote(key.value)} stands here twice"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
@@ -56,8 +56,8 @@ _StrictLoader.yaml_constructors = {
 }
 
 
-def shown(value: object) -> str:
-    """Give `value` as a message shows it: quoted if text, and cut when long."""
+def quote(value: object) -> str:
+    """Return `value` as a message shows it: quoted if text, and cut when long."""
     if value is None or isinstance(value, bool):
         return str({None: "null", True: "true", False: "false"}[value])
     try:
@@ -68,19 +68,19 @@ def shown(value: object) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Give ' Did you mean "x"?' for the nearest of `known`, or nothing if none is near."""
+    """Return ' Did you mean "x"?' for the nearest of `known`, or nothing if none is near."""
     nearest = difflib.get_close_matches(word, list(known), n=1)
     return f' Did you mean "{nearest[0]}"?' if nearest else ""
 
 
-def dotted(location: Iterable[int | str]) -> str:
-    """Give a path in a document, as in `scenes[0].actions[2].text`."""
+def format_path(location: Iterable[int | str]) -> str:
+    """Return a path in a document, as in `scenes[0].actions[2].text`."""
     path = ""
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
         else:
-            name = part if part.isprintable() and len(part) <= _MAX_SHOWN else shown(part)
+            name = part if part.isprintable() and len(part) <= _MAX_SHOWN else quote(part)
             path += f".{name}" if path else name
     return path
 
@@ -133,7 +133,7 @@ def parse_mapping(text: str, *, source: str, keys: Sequence[str]) -> dict[object
         raise ConfigError(f"{source}: is empty; it needs the keys {', '.join(keys)}")
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{source}: is {shown(value)}; it must be a mapping with the keys {', '.join(keys)}"
+            f"{source}: is {quote(value)}; it must be a mapping with the keys {', '.join(keys)}"
         )
     return value
 
@@ -159,7 +159,7 @@ def parse_override(override: str, model: type[BaseModel]) -> tuple[str, str, Yam
         raise ConfigError(f"{source}: {path} is a section; set one of {keys}")
     if path not in known:
         guess = did_you_mean(path, sorted(known))
-        raise ConfigError(f"{source}: unknown key {shown(path)}.{guess}")
+        raise ConfigError(f"{source}: unknown key {quote(path)}.{guess}")
     section, _, key = path.partition(".")
     return section, key, parse_yaml(text, source=source)
 
@@ -182,7 +182,7 @@ def validate(model: type[ModelT], value: object, *, source: Callable[[Location],
 
 def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
     location, value = details["loc"], details["input"]
-    path = f"{dotted(location)}: " if location else ""
+    path = f"{format_path(location)}: " if location else ""
     kind, context = details["type"], details.get("ctx", {})
     match kind:
         case "extra_forbidden":
@@ -198,13 +198,13 @@ def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
             guess = did_you_mean(
                 str(value), expected.replace("'", "").replace(" or ", ", ").split(", ")
             )
-            return f"{path}is {shown(value)}: must be {expected}.{guess}"
+            return f"{path}is {quote(value)}: must be {expected}.{guess}"
         case "value_error":
             return f"{path}{context['error']}"
         case "string_type" if isinstance(value, list | dict):
-            return f"{path}is {shown(value)}: must be text"
+            return f"{path}is {quote(value)}: must be text"
     rule = _RULES.get(kind, details["msg"])
-    return f"{path}is {shown(value)}: {rule.format(**context)}"
+    return f"{path}is {quote(value)}: {rule.format(**context)}"
 
 
 _RULES = {

@@ -35,14 +35,14 @@ def clean_text(text: str) -> str:
 
 
 def content_words(text: str) -> tuple[Range, ...]:
-    """Give the words of an English text that are not function words. No punctuation."""
+    """Return the words of an English text that are not function words. No punctuation."""
     return tuple(
         found.span() for found in _WORD.finditer(text) if found[0].lower() not in _FUNCTION_WORDS
     )
 
 
 def find_words(words: Sequence[str], text: str) -> tuple[Range, ...]:
-    """Give all places of `words` in a text, in order: whole words or phrases, in any case."""
+    """Return all places of `words` in a text, in order: whole words or phrases, in any case."""
     places = {
         found.span()
         for word in words

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from bachvid.attention.attend import AttentionSite
+from bachvid.attention.control import AttentionSite
 from bachvid.errors import CacheMissError, LayoutError
 from bachvid.layout.gangs import Branch
 from bachvid.layout.tokens import TokenLayout
@@ -47,7 +47,7 @@ class KVStore(Protocol):
         """Announce the steps that the next run reads, so that a store that pulls can be ahead."""
 
     def get(self, site: AttentionSite) -> KVShard:
-        """Give the shard of `site`, to be read before the next layer's is asked for.
+        """Return the shard of `site`, to be read before the next layer's is asked for.
 
         Raises CacheMissError if there is none.
         """
@@ -72,7 +72,7 @@ class MemoryKVStore:
         """Do nothing: every shard is here already."""
 
     def get(self, site: AttentionSite) -> KVShard:
-        """Give the shard of `site`. Raises CacheMissError if there is none."""
+        """Return the shard of `site`. Raises CacheMissError if there is none."""
         try:
             return self._shards[site]
         except KeyError:

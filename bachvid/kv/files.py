@@ -21,14 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bachvid.attention.attend import AttentionSite
+from bachvid.atomic import write_atomically
+from bachvid.attention.control import AttentionSite
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
 from bachvid.kv.cache import SAME_CONFIG, IdentityCache, KVShard
 from bachvid.kv.packing import sites_of
 from bachvid.kv.pieces import checksum
 from bachvid.layout.gangs import Branch
 from bachvid.layout.tokens import TokenLayout
-from bachvid.output.run_directory import write_atomically
 
 MANIFEST = "manifest.safetensors"
 
@@ -220,7 +220,7 @@ def _text_sum(text: str) -> str:
 
 
 def _tensor_bytes(path: Path) -> int:
-    """Give the bytes of a safetensors file behind its header, whose length stands first."""
+    """Return the bytes of a safetensors file behind its header, whose length stands first."""
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
     return path.stat().st_size - 8 - header_bytes

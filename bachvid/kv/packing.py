@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bachvid.attention.attend import AttentionSite
+from bachvid.attention.control import AttentionSite
 from bachvid.errors import CacheMissError
 from bachvid.kv.cache import KVShard
 from bachvid.kv.pieces import Bytes, checksum, key_and_value, piece_bytes
@@ -50,14 +50,14 @@ class PackedStep:
 def sites_of(
     step: int, layers: Sequence[int], branches: Sequence[Branch]
 ) -> tuple[AttentionSite, ...]:
-    """Give the sites of one step in the order in which they are packed."""
+    """Return the sites of one step in the order in which they are packed."""
     return tuple(AttentionSite(step, layer, branch) for layer in layers for branch in branches)
 
 
 def sites_read(
     step: int, layers: Sequence[int], passes: Sequence[Sequence[Branch]]
 ) -> tuple[AttentionSite, ...]:
-    """Give the sites of one step in the order in which its forwards read them."""
+    """Return the sites of one step in the order in which its forwards read them."""
     return tuple(site for branches in passes for site in sites_of(step, layers, branches))
 
 
@@ -107,7 +107,7 @@ class StepPacker:
         self._checksums[shard.site] = checksum(piece.numpy())
 
     def take(self, step: int) -> PackedStep | None:
-        """Give the packed step, None if nothing was put, and be ready for the next one."""
+        """Return the packed step, None if nothing was put, and be ready for the next one."""
         if not self._checksums:
             return None
         sites = sites_of(step, self._layers, self._branches)

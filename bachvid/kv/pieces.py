@@ -21,7 +21,7 @@ _CHUNK_BYTES = 64 * _PAGE_BYTES  # fits the cache of any CPU core
 
 
 def piece_bytes(dtype: torch.dtype, shape: torch.Size) -> int:
-    """Give the bytes of a piece, for the dtype and the shape of its key."""
+    """Return the bytes of a piece, for the dtype and the shape of its key."""
     num_bytes = 2 * shape.numel() * dtype.itemsize
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 

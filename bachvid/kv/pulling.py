@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bachvid.attention.attend import AttentionSite
+from bachvid.attention.control import AttentionSite
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
 from bachvid.kv.cache import SAME_CONFIG, KVShard
 from bachvid.kv.packing import PackedStep, sites_of, sites_read
@@ -86,7 +86,7 @@ class PulledKVStore:
             self._pull = _Pull(lambda step: self._fetch_checked(run, step), order, self._share)
 
     def get(self, site: AttentionSite) -> KVShard:
-        """Give the next shard; valid until that of another layer is asked for.
+        """Return the next shard; valid until that of another layer is asked for.
 
         Raises:
             CacheMissError: it is not the next one, or the store is closed.
@@ -147,7 +147,7 @@ class PulledKVStore:
 
 
 def _heads_read(packed: PackedStep, site: AttentionSite, share: RankShare) -> range:
-    """Give the heads of a site that are in a block and are also of a share."""
+    """Return the heads of a site that are in a block and are also of a share."""
     header = packed.header
     if site not in header.sites:
         return range(0)

@@ -43,26 +43,26 @@ class Gang:
         return self.size // self.cfg
 
     def share(self, rank: int, num_heads: int) -> RankShare:
-        """Give the share of a rank, of a model with `num_heads` attention heads."""
+        """Return the share of a rank, of a model with `num_heads` attention heads."""
         cfg_rank, sequence_rank = divmod(rank, self.sequence)
         heads = num_heads // self.sequence
         branches = BRANCHES if self.cfg == 1 else (BRANCHES[cfg_rank],)
         return RankShare(branches, sequence_rank * heads, heads)
 
     def shares(self, num_heads: int) -> list[RankShare]:
-        """Give the shares of all ranks."""
+        """Return the shares of all ranks."""
         return [self.share(rank, num_heads) for rank in range(self.size)]
 
 
 def cut_passes(
     passes: Sequence[Sequence[Branch]], branches: Sequence[Branch]
 ) -> tuple[tuple[Branch, ...], ...]:
-    """Give the forwards of a step, as `ModelFacts.passes` has them, with these branches only."""
+    """Return the forwards of a step, as `ModelFacts.passes` has them, with these branches only."""
     cut = (tuple(branch for branch in shared if branch in branches) for shared in passes)
     return tuple(shared for shared in cut if shared)
 
 
-def overlapping(
+def overlapping_ranks(
     reader: RankShare, writers: Sequence[RankShare], branches: Sequence[Branch]
 ) -> list[int]:
     """Name the ranks of a gang that record something of what a rank of another gang reads.

@@ -17,7 +17,7 @@ METHODS: dict[Literal["bachvid", "none"], Callable[..., Method]] = {
 
 
 def build_method(config: MethodConfig, *, config_hash: str) -> Method:
-    """Give the method that a resolved config names.
+    """Return the method that a resolved config names.
 
     `config_hash` goes into the identity caches, and must be found in those that are read.
     """

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from bachvid.attention.attend import QKV, AttentionSite, KVGroup, RunContext
+from bachvid.attention.context import RunContext
+from bachvid.attention.control import QKV, AttentionSite, KVGroup
 from bachvid.errors import CacheMissError, LayoutError, WorkerError
 from bachvid.kv.cache import IdentityCache, KVShard, KVStore
 from bachvid.layout.gangs import Branch
@@ -20,7 +21,7 @@ from bachvid.methods.base import IdentityControl, MethodControl, MethodSettings,
 from bachvid.methods.ops.injection import InjectedTokens, inject_identity_kv, select_injected_tokens
 from bachvid.methods.ops.masks import ForegroundMask, extract_foreground_mask, text_mass
 from bachvid.methods.ops.matching import TokenMatch, match_tokens, match_within_foreground
-from bachvid.prompts.compose import TokenizedPrompt
+from bachvid.prompts.tokenizer import TokenizedPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,7 @@ class IdentityRecorder(VideoObserver, IdentityControl):
         return super().before(site, qkv)
 
     def cache(self, seed: int) -> IdentityCache:
-        """Give what was recorded, with the features of all ranks: all of them must ask.
+        """Return what was recorded, with the features of all ranks: all of them must ask.
 
         Raises WorkerError before the mask step is over.
         """
@@ -210,7 +211,7 @@ class PrePassInjector(VideoObserver):
         self._tokens: dict[int, InjectedTokens] = {}  # by the step whose mask they are of
 
     def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
-        """Give background queries the identity's background keys."""
+        """Return background queries the identity's background keys."""
         settings = self.settings
         if (
             site.layer not in settings.vital_layers
@@ -265,7 +266,7 @@ class FrameInjector(MethodControl):
         return self._injected
 
     def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
-        """Give foreground and background queries the identity keys that they see."""
+        """Return foreground and background queries the identity keys that they see."""
         settings = self._settings
         first, last = settings.inject_steps
         if (
@@ -326,7 +327,7 @@ class RepeatedPrePass(VideoObserver):
         return replace(seen, recoveries=self._earlier + seen.recoveries)
 
     def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
-        """Give foreground and background queries the identity keys that they see."""
+        """Return foreground and background queries the identity keys that they see."""
         return self._injector.extra(site, qkv)
 
 

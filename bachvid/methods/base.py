@@ -12,13 +12,15 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from bachvid.attention.attend import AttentionControl, RunContext
-from bachvid.inputs.config import MethodConfig, read_steps, recorded_steps
+from bachvid.attention.context import RunContext
+from bachvid.attention.control import AttentionControl
+from bachvid.inputs.config import MethodConfig
 from bachvid.kv.cache import IdentityCache, KVStore
 from bachvid.layout.gangs import Branch
 from bachvid.methods.ops.injection import InjectedTokens
 from bachvid.methods.ops.masks import ForegroundMask, MaskRecovery
-from bachvid.prompts.compose import TokenizedPrompt
+from bachvid.planning.resolve import read_steps, recorded_steps
+from bachvid.prompts.tokenizer import TokenizedPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ class IdentityControl(MethodControl):
 
     @abstractmethod
     def cache(self, seed: int) -> IdentityCache:
-        """Give what was recorded. Raises WorkerError before the mask step is over."""
+        """Return what was recorded. Raises WorkerError before the mask step is over."""
 
 
 class Method(Protocol):

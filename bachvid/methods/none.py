@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bachvid.attention.attend import RunContext
+from bachvid.attention.context import RunContext
 from bachvid.kv.cache import IdentityCache, KVStore
 from bachvid.methods.bachvid import IdentityRecorder, VideoObserver
 from bachvid.methods.base import MethodSettings, Observation
-from bachvid.prompts.compose import TokenizedPrompt
+from bachvid.prompts.tokenizer import TokenizedPrompt
 
 
 class Vanilla:

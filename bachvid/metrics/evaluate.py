@@ -30,7 +30,7 @@ from bachvid.metrics.ssim_bg import ssim_bg
 from bachvid.metrics.success import success
 from bachvid.output.files import read_video
 from bachvid.output.journal import RunContents, VideoRecord, read_run
-from bachvid.output.mp4 import upsample_foreground
+from bachvid.output.overlays import upsample_foreground
 
 if TYPE_CHECKING:
     from bachvid.storybook.judge import JudgeReading

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
+from bachvid.atomic import write_atomically
 from bachvid.metrics.evaluate import Evaluation, Summary
-from bachvid.output.run_directory import write_atomically
 
 if TYPE_CHECKING:
     from rich.table import Table

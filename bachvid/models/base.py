@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from bachvid.attention.attend import ALONE, AttentionControl, Rotary, RunContext, SequenceGroup
-from bachvid.catalog.registry import ModelFacts
-from bachvid.errors import ConfigError, ModelSupportError
+from bachvid.attention.context import RunContext
+from bachvid.attention.control import AttentionControl
+from bachvid.attention.groups import SequenceGroup
+from bachvid.attention.rotary import Rotary
+from bachvid.catalog.facts import ModelFacts
+from bachvid.errors import ConfigError
 from bachvid.inputs.config import ModelConfig, VideoConfig
 from bachvid.layout.tokens import TokenLayout
 from bachvid.prompts.compose import Prompt
@@ -148,29 +151,6 @@ def shard_tokens(first_block: nn.Module, behind_blocks: nn.Module, group: Sequen
 
     first_block.register_forward_pre_hook(split, with_kwargs=True)
     behind_blocks.register_forward_pre_hook(join)
-
-
-def load_model(config: ModelConfig, facts: ModelFacts, group: SequenceGroup = ALONE) -> VideoModel:
-    """Load the weights of the model that `facts` describes, as one rank of `group`.
-
-    Raises:
-        ConfigError: a folder, file or Hub id is missing or damaged; the device does not exist.
-        ModelSupportError: the model is of a class or kind that bachvid has no adapter for.
-    """
-    # Here: importing diffusers takes seconds.
-    from bachvid.models.cogvideox import load_cogvideox
-    from bachvid.models.wan import load_wan
-
-    loaders: dict[str, Callable[[ModelConfig, ModelFacts, SequenceGroup], VideoModel]] = {
-        "cogvideox": load_cogvideox,
-        "wan": load_wan,
-    }
-    if facts.family not in loaders:
-        raise ModelSupportError(
-            f"model.id {config.id!r} is of the family {facts.family!r}: bachvid has adapters for "
-            f"{', '.join(sorted(loaders))}; choose a model of one of these"
-        )
-    return loaders[facts.family](config, facts, group)
 
 
 def choose_device(config: ModelConfig) -> torch.device:

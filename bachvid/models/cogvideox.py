@@ -24,16 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from bachvid.attention.attend import (
-    ALONE,
-    QKV,
-    AttentionControl,
-    Rotary,
-    RunContext,
-    SequenceGroup,
-    controlled_attention,
-)
-from bachvid.catalog.registry import ModelFacts
+from bachvid.attention.attend import controlled_attention
+from bachvid.attention.context import RunContext
+from bachvid.attention.control import QKV, AttentionControl
+from bachvid.attention.groups import ALONE, SequenceGroup
+from bachvid.attention.rotary import Rotary
+from bachvid.catalog.facts import ModelFacts
 from bachvid.inputs.config import ModelConfig, VideoConfig
 from bachvid.layout.tokens import TokenLayout
 from bachvid.models.base import Scheduler, shard_tokens

@@ -21,11 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from bachvid.catalog.registry import EMBEDDED, ModelFacts
+from bachvid.catalog.facts import ModelFacts
+from bachvid.catalog.registry import EMBEDDED
 from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.inputs.config import ModelConfig
 from bachvid.models.base import choose_device, choose_dtype, load_component
-from bachvid.prompts.compose import Prompt, PromptTokenizer
+from bachvid.prompts.compose import Prompt
+from bachvid.prompts.tokenizer import PromptTokenizer
 
 Component = TypeVar("Component", bound=torch.nn.Module)
 
@@ -135,7 +137,7 @@ class PartLoader:
 
 
 def encode_each(prompts: Sequence[Prompt], encode: Callable[[Prompt], Tensor]) -> Tensor:
-    """Give the embeddings [1, T, C] of all prompts as [P, T, C]; a text that comes twice once.
+    """Return the embeddings [1, T, C] of all prompts as [P, T, C]; a text that comes twice once.
 
     One prompt at a time: a batch would change the last bits, and with them the video.
     """
@@ -147,7 +149,7 @@ def encode_each(prompts: Sequence[Prompt], encode: Callable[[Prompt], Tensor]) -
 
 
 def to_frames(video_CFHW: Tensor) -> NDArray[np.uint8]:
-    """Give what a VAE decoded, -1 to 1, as pixel frames [frames, height, width, 3]."""
+    """Return what a VAE decoded, -1 to 1, as pixel frames [frames, height, width, 3]."""
     unit_CFHW = (video_CFHW * 0.5 + 0.5).clamp(0, 1).float()
     bytes_FHWC = (unit_CFHW * 255).round().to(torch.uint8).permute(1, 2, 3, 0)
     frames: NDArray[np.uint8] = bytes_FHWC.contiguous().cpu().numpy()

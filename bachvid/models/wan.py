@@ -24,17 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from bachvid.attention.attend import (
-    ALONE,
-    QKV,
-    AttentionControl,
-    Rotary,
-    RunContext,
-    SequenceGroup,
-    controlled_attention,
-    controlled_cross_attention,
-)
-from bachvid.catalog.registry import ModelFacts
+from bachvid.attention.attend import controlled_attention, controlled_cross_attention
+from bachvid.attention.context import RunContext
+from bachvid.attention.control import QKV, AttentionControl
+from bachvid.attention.groups import ALONE, SequenceGroup
+from bachvid.attention.rotary import Rotary
+from bachvid.catalog.facts import ModelFacts
 from bachvid.inputs.config import ModelConfig, VideoConfig
 from bachvid.layout.tokens import TokenLayout
 from bachvid.models.base import Scheduler, shard_tokens
@@ -95,7 +90,7 @@ class WanCrossAttention:
 def _project(
     attn: WanAttention, video_BSC: Tensor, source_BTC: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give query, key and value by heads; the norms are over all heads together."""
+    """Return query, key and value by heads; the norms are over all heads together."""
     query_BSC, key_BTC = attn.norm_q(attn.to_q(video_BSC)), attn.norm_k(attn.to_k(source_BTC))
     query, key, value = (
         x_BTC.unflatten(2, (attn.heads, -1))

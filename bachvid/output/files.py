@@ -16,29 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bachvid import __version__
-from bachvid.inputs.config import RenderConfig, config_hash
+from bachvid.atomic import write_atomically
+from bachvid.engine.arrays import Foreground, Frames
+from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import IDENTITY_ID
 from bachvid.output.journal import RunHeader
-from bachvid.output.mp4 import (
-    Foreground,
-    Frames,
-    SheetRow,
-    enlarge,
-    enlargement,
-    match_rows,
-    overlay_mask,
-    read_metadata,
-    read_mp4,
-    sheet_tiles,
-    upsample_foreground,
-    write_mp4,
-    write_sheet,
-)
-from bachvid.output.run_directory import RunDirectory, write_atomically
+from bachvid.output.mp4 import read_metadata, read_mp4, write_mp4
+from bachvid.output.overlays import match_rows, overlay_mask, upsample_foreground
+from bachvid.output.pixels import enlarge, enlargement
+from bachvid.output.run_directory import RunDirectory
+from bachvid.output.sheets import SheetRow, sheet_tiles, write_sheet
 from bachvid.planning.plan import RenderPlan, ScenePlan, VideoPlan
+from bachvid.planning.resolve import config_hash
 
 if TYPE_CHECKING:
-    from bachvid.engine.worker import MatchedTokens, RenderedVideo
+    from bachvid.engine.results import MatchedTokens, RenderedVideo
 
 ENLARGEMENT = "enlargement"  # metadata key of an mp4
 

@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,8 +29,8 @@ from types import TracebackType
 
 from pydantic import JsonValue
 
+from bachvid.atomic import _sync_folder, content_sha256, write_atomically
 from bachvid.errors import ConfigError, WorkerError
-from bachvid.inputs.config import INDECISIVE
 from bachvid.output.journal import (
     JOURNAL,
     JsonObject,
@@ -41,36 +40,12 @@ from bachvid.output.journal import (
     contents_of,
     read_lines,
 )
+from bachvid.planning.resolve import INDECISIVE
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _FIXED_OUTPUT = ("min_height", "fps", "crf")  # these shape the files that are already there
-
-
-def content_sha256(path: Path) -> str:
-    """Hash a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
-    """Let `write` fill a temporary file, then put it at `path`; return the sha256 of its bytes.
-
-    After a crash `path` holds the old file or the whole new one. The parents are made.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-    return digest
 
 
 @contextmanager
@@ -211,14 +186,6 @@ class RunDirectory:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # a rename is only durable when its folder is
-    finally:
-        os.close(handle)
 
 
 def _lock(path: Path) -> int:

@@ -11,27 +11,17 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import RenderConfig, read_steps
-from bachvid.scheduling.schedule import Policy
+from bachvid.inputs.choices import Policy
+from bachvid.inputs.config import RenderConfig
+from bachvid.planning.resolve import read_steps
 
 if TYPE_CHECKING:
-    from bachvid.planning.placement import NodeFacts
+    from bachvid.planning.nodes import NodeFacts
+
+from bachvid.units import format_bytes, pluralize
 
 STORE_SHARE = 0.8  # of the object store; when it is fuller than that Ray spills to disk
 _PATIENCE = 1.05  # times as long a render with `window` may take: it saves memory and disk
-
-
-def format_bytes(count: int) -> str:
-    """Give a count of bytes in decimal units, as disks and memory are sold."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def counted(number: int, noun: str) -> str:
-    """Give a number and its noun, as 1 worker or 2 workers."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class CacheRoom:
@@ -99,7 +89,7 @@ class CacheRoom:
         return min(self._waves_at_once, workers) * self._window * self._step_bytes
 
     def choose(self) -> tuple[Policy, str]:
-        """Give the policy and why. Raises ConfigError if it does not fit."""
+        """Return the policy and why. Raises ConfigError if it does not fit."""
         policy = self._config.policy
         if policy == "auto":
             chosen, why = self._choose()
@@ -117,14 +107,14 @@ class CacheRoom:
             return "retain", "no keys and values are kept"
         if most + 1 > workers:
             return "retain", (
-                f"a scene has {counted(most, 'frame video')}, and of {counted(workers, 'worker')} "
+                f"a scene has {pluralize(most, 'frame video')}, and of {pluralize(workers, 'worker')} "
                 f"only {workers - 1} can render them while one renders the identity video; so all "
                 f"keys and values are kept, {kept}"
             )
         can_retain = self._retain_problem() is None
         if can_retain and self._window_problem() is not None:
             return "retain", (
-                f"{counted(self._waves_at_once, 'wave')} at a time of {self._window} steps each do "
+                f"{pluralize(self._waves_at_once, 'wave')} at a time of {self._window} steps each do "
                 f"not fit the object store; so all keys and values are kept, {kept}"
             )
         rounds = self._wave_rounds()
@@ -137,8 +127,8 @@ class CacheRoom:
                 f"{fast}"
             )
         return "window", (
-            f"{counted(most, 'frame video')} and their identity video fit in one wave of "
-            f"{workers} workers; so {counted(self._window, 'step')} of keys and values are kept, "
+            f"{pluralize(most, 'frame video')} and their identity video fit in one wave of "
+            f"{workers} workers; so {pluralize(self._window, 'step')} of keys and values are kept, "
             f"{format_bytes(self._window * self._step_bytes)}, instead of {kept}"
         )
 
@@ -164,7 +154,7 @@ class CacheRoom:
                 waves = min(self._waves_at_once, workers)
                 return (
                     f"cache.window: is {self._window} steps of {format_bytes(self._step_bytes)}: "
-                    f"for {counted(waves, 'scene')} at a time that is {format_bytes(needed)}, and "
+                    f"for {pluralize(waves, 'scene')} at a time that is {format_bytes(needed)}, and "
                     f"{_store_text(node)}. Set a smaller cache.window, or fewer "
                     f"cluster.workers, or start Ray there with {_store_option(needed)}"
                 )

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from bachvid.catalog.facts import ModelFacts
 from bachvid.catalog.families import Family
 from bachvid.catalog.files import PartSize, read_part_sizes
-from bachvid.catalog.registry import ModelFacts
-from bachvid.inputs.config import DTYPE_BYTES, Dtype, MethodConfig, Offload, RenderConfig
+from bachvid.inputs.choices import DTYPE_BYTES, Dtype, Offload
+from bachvid.inputs.config import MethodConfig, RenderConfig
 from bachvid.layout.gangs import Gang
 from bachvid.layout.tokens import TokenLayout
 
@@ -142,7 +143,7 @@ PUBLISHED_PARTS: Mapping[str, Mapping[str, PartSize]] = {
 
 
 def weight_bytes(facts: ModelFacts, dtype: Dtype) -> WeightBytes | None:
-    """Give the bytes of a model's weights; None if its files are not here and it is unknown.
+    """Return the bytes of a model's weights; None if its files are not here and it is unknown.
 
     In 16 bits, diffusers keeps some tensors of a Wan transformer in fp32, and transformers, in
     fp16 only, some of a text encoder. Wan's autoencoder is always in fp32 (`models/wan.py`).

@@ -5,44 +5,23 @@ Pure: no torch and no Ray. `bachvid.ray_backend.connection` asks a cluster; `pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bachvid.catalog.registry import ModelFacts
+from bachvid.catalog.facts import ModelFacts
 from bachvid.errors import ConfigError
+from bachvid.inputs.choices import Policy
 from bachvid.inputs.config import ClusterConfig, RenderConfig
 from bachvid.layout.gangs import Gang
 from bachvid.layout.tokens import TokenLayout
-from bachvid.planning.cache_room import CacheRoom, counted
-from bachvid.scheduling.schedule import Policy
+from bachvid.planning.cache_room import CacheRoom
+from bachvid.planning.nodes import ClusterFacts, NodeFacts
+from bachvid.units import pluralize
 
 Device = Literal["cpu", "cuda"]
 MAX_DEGREE = 16  # of sequence parallelism: GPUs that one machine may have
 _MOST_NODES_NAMED = 8
-
-
-@dataclass(frozen=True, slots=True)
-class NodeFacts:
-    """One machine of a cluster, with all that it has, whether free or not."""
-
-    id: str
-    name: str
-    cpus: int
-    gpus: int
-    store_bytes: int  # of its object store, in shared memory
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterFacts:
-    """The machines of a cluster that are alive."""
-
-    nodes: tuple[NodeFacts, ...]
-
-    @classmethod
-    def from_ray(cls, nodes: Sequence[Mapping[str, object]]) -> ClusterFacts:
-        """Take them from what `ray.nodes()` returns."""
-        return cls(tuple(_node_from_ray(node) for node in nodes if node["Alive"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +132,7 @@ def plan_execution(
 
 
 def plan_gangs(config: RenderConfig, facts: ModelFacts) -> tuple[Gang, Gang]:
-    """Give the gangs of an identity and of a frame video. Raises ConfigError for illegal sizes."""
+    """Return the gangs of an identity and of a frame video. Raises ConfigError for illegal sizes."""
     asked = config.parallel
     if asked.cfg == 2 and config.sampling.guidance_scale == 1:
         raise ConfigError(
@@ -176,24 +155,12 @@ def plan_gangs(config: RenderConfig, facts: ModelFacts) -> tuple[Gang, Gang]:
 
 
 def parallel_degrees(num_heads: int, video_tokens: int) -> tuple[ParallelDegree, ...]:
-    """Give the numbers of GPUs that can share a video: those that divide the attention heads.
+    """Return the numbers of GPUs that can share a video: those that divide the attention heads.
 
     Tokens need not divide: they are padded at the end, and no pad is ever a key.
     """
     ranks = [n for n in range(1, min(num_heads, MAX_DEGREE) + 1) if num_heads % n == 0]
     return tuple(ParallelDegree(n, -video_tokens % n) for n in ranks)
-
-
-def _node_from_ray(node: Mapping[str, object]) -> NodeFacts:
-    resources = node["Resources"]
-    assert isinstance(resources, Mapping)
-    return NodeFacts(
-        id=str(node["NodeID"]),
-        name=str(node["NodeName"]),
-        cpus=int(resources.get("CPU", 0)),
-        gpus=int(resources.get("GPU", 0)),
-        store_bytes=int(resources.get("object_store_memory", 0)),
-    )
 
 
 def _gpus_per_worker(cluster: ClusterFacts, config: RenderConfig) -> int:
@@ -226,7 +193,7 @@ def _place_workers(
     # Of two kinds one of each is needed.
     if not 0 < wanted <= total or (wanted == 1 and identity != frame):
         has = [
-            f"{node.name} ({counted(node.cpus, 'CPU')}, {counted(node.gpus, 'GPU')}, room for "
+            f"{node.name} ({pluralize(node.cpus, 'CPU')}, {pluralize(node.gpus, 'GPU')}, room for "
             f"{rooms[node.id]})"
             for node in nodes
         ]
@@ -246,18 +213,18 @@ def _place_workers(
 
 
 def _asked_text(wanted: int, asked: ClusterConfig, gpus: int, identity: Gang, frame: Gang) -> str:
-    each = counted(asked.cpus_per_worker, "CPU") + " and 1 GPU" * gpus
+    each = pluralize(asked.cpus_per_worker, "CPU") + " and 1 GPU" * gpus
     if identity != frame:
         return (
-            f"{counted(max(wanted, 2), 'worker')}, one of {counted(identity.size, 'rank')} for "
+            f"{pluralize(max(wanted, 2), 'worker')}, one of {pluralize(identity.size, 'rank')} for "
             f"identity videos on one node and the others of {frame.size}, each rank with {each}"
         )
     if frame.size > 1:
         return (
-            f"{counted(max(wanted, 1), 'worker')}, each of {frame.size} ranks on one node, each "
+            f"{pluralize(max(wanted, 1), 'worker')}, each of {frame.size} ranks on one node, each "
             f"rank with {each}"
         )
-    return f"{counted(max(wanted, 1), 'worker')}, each with {each}"
+    return f"{pluralize(max(wanted, 1), 'worker')}, each with {each}"
 
 
 def _first(texts: Sequence[str]) -> str:

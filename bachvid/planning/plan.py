@@ -7,29 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bachvid.catalog.registry import ModelFacts, load_facts
+from bachvid.catalog.facts import ModelFacts
+from bachvid.catalog.registry import load_facts
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.inputs.config import (
-    DTYPE_BYTES,
-    MethodConfig,
-    RenderConfig,
-    read_steps,
-    recorded_steps,
-    resolve_config,
-)
+from bachvid.inputs.choices import DTYPE_BYTES
+from bachvid.inputs.config import MethodConfig, RenderConfig
 from bachvid.inputs.story import IDENTITY_ID, Action, Scene, Story, video_seed
 from bachvid.inputs.words import Range
 from bachvid.layout.tokens import TokenLayout
 from bachvid.planning.memory import PlannedMemory, plan_memory
-from bachvid.planning.placement import ClusterFacts, ExecutionPlan, plan_execution, plan_gangs
-from bachvid.prompts.compose import (
-    Prompt,
-    PromptPart,
-    PromptTokenizer,
-    TokenizedPrompt,
-    compose_prompt,
-)
-from bachvid.prompts.vocabulary import check_negative, cleaned, in_vocabulary, mask_words
+from bachvid.planning.nodes import ClusterFacts
+from bachvid.planning.placement import ExecutionPlan, plan_execution, plan_gangs
+from bachvid.planning.resolve import read_steps, recorded_steps, resolve_config
+from bachvid.prompts.compose import Prompt, PromptPart, compose_prompt
+from bachvid.prompts.tokenizer import PromptTokenizer, TokenizedPrompt
+from bachvid.prompts.vocabulary import check_negative, clean_story, mask_words, respell_story
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +125,9 @@ def render_plan(
     identity, frame = plan_gangs(resolved, facts)
     notes = [*_model_notes(facts, resolved.method), *_noun_notes(story, resolved.method)]
     if facts.cleans_text:
-        story = cleaned(story)
+        story = clean_story(story)
     if facts.vocabulary:
-        story = in_vocabulary(story, facts.vocabulary, source=source)
+        story = respell_story(story, facts.vocabulary, source=source)
         check_negative(resolved.sampling.negative_prompt, facts.vocabulary)
     tokenizer: PromptTokenizer | None = None
     try:
@@ -171,7 +163,7 @@ def render_plan(
 
 
 def identity_cache_bytes(resolved: RenderConfig, facts: ModelFacts) -> int:
-    """Give the bytes of the keys and values that one identity video leaves to its scene."""
+    """Return the bytes of the keys and values that one identity video leaves to its scene."""
     method, dtype = resolved.method, resolved.model.dtype
     assert dtype is not None
     assert method.vital_layers is not None

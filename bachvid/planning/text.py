@@ -7,19 +7,21 @@ from dataclasses import asdict
 
 from pydantic import JsonValue
 
-from bachvid.inputs.config import MethodConfig, Offload, config_hash
+from bachvid.inputs.choices import Offload
+from bachvid.inputs.config import MethodConfig
 from bachvid.layout.gangs import Gang
-from bachvid.planning.cache_room import counted, format_bytes
 from bachvid.planning.memory import PlannedMemory, RankMemory
 from bachvid.planning.placement import ExecutionPlan
 from bachvid.planning.plan import RenderPlan, ScenePlan, VideoPlan
+from bachvid.planning.resolve import config_hash
 from bachvid.prompts.compose import PromptPart
+from bachvid.units import format_bytes, pluralize
 
 OFFLOADS: tuple[Offload, ...] = ("none", "model")
 
 
 def plan_text(plan: RenderPlan) -> str:
-    """Give the plan as `bachvid plan` prints it."""
+    """Return the plan as `bachvid plan` prints it."""
     config, layout = plan.config, plan.layout
     method, sampling, video = config.method, config.sampling, config.video
     grid = " x ".join(map(str, layout.grid))
@@ -51,7 +53,7 @@ def plan_text(plan: RenderPlan) -> str:
 
 
 def plan_json(plan: RenderPlan) -> dict[str, JsonValue]:
-    """Give the plan as plain data, for `bachvid plan --json`."""
+    """Return the plan as plain data, for `bachvid plan --json`."""
     return {
         "title": plan.story.title,
         "scenes": [
@@ -153,7 +155,7 @@ def _memory_json(rank: RankMemory) -> dict[str, JsonValue]:
 def _execution_lines(execution: ExecutionPlan) -> list[str]:
     unit = "wave" if execution.policy == "window" else "round"
     lines = [
-        f"workers   {_workers_text(execution)}: {counted(execution.waves, unit)}",
+        f"workers   {_workers_text(execution)}: {pluralize(execution.waves, unit)}",
         f"policy    {execution.policy}: {execution.why}",
     ]
     if execution.policy == "retain":
@@ -162,7 +164,7 @@ def _execution_lines(execution: ExecutionPlan) -> list[str]:
         )
     for node in execution.nodes:
         lines.append(
-            f"node      {node.name}: {counted(node.workers, 'worker')}, at most "
+            f"node      {node.name}: {pluralize(node.workers, 'worker')}, at most "
             f"{format_bytes(node.cache_bytes)} of keys and values in a store of "
             f"{format_bytes(node.store_bytes)}"
         )
@@ -175,7 +177,7 @@ def _execution_lines(execution: ExecutionPlan) -> list[str]:
 
 
 def _workers_text(execution: ExecutionPlan) -> str:
-    each = counted(execution.cpus_per_worker, "CPU") + " and 1 GPU" * execution.gpus_per_worker
+    each = pluralize(execution.cpus_per_worker, "CPU") + " and 1 GPU" * execution.gpus_per_worker
     identity, frame, number = execution.identity, execution.frame, execution.num_workers
     if execution.is_split:
         return (
@@ -189,11 +191,11 @@ def _workers_text(execution: ExecutionPlan) -> str:
 
 def _gang_text(gang: Gang) -> str:
     halves = " in two halves, one for each branch" if gang.cfg == 2 else ""
-    return counted(gang.size, "rank") + halves
+    return pluralize(gang.size, "rank") + halves
 
 
 def _mask_words(scene: ScenePlan) -> dict[PromptPart, tuple[str, ...]]:
-    """Give the words whose attention makes the masks; none: those of the whole part."""
+    """Return the words whose attention makes the masks; none: those of the whole part."""
     parts: tuple[PromptPart, ...] = ("character", "background")
     return {part: scene.identity.prompt.words(part) for part in parts}
 
@@ -207,7 +209,7 @@ def _video_facts(video: VideoPlan, plan: RenderPlan) -> str:
 
 
 def _rows_text(rows: tuple[int, ...]) -> str:
-    """Give rows as runs: 1, 4-6."""
+    """Return rows as runs: 1, 4-6."""
     runs: list[list[int]] = []
     for row in rows:
         if runs and row == runs[-1][-1] + 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bachvid.catalog.registry import Vocabulary
+from bachvid.catalog.facts import Vocabulary
 from bachvid.errors import ConfigError
 from bachvid.inputs.config import MethodConfig
 from bachvid.inputs.story import Scene, Story
@@ -11,7 +11,7 @@ from bachvid.prompts.compose import PARTS, PromptPart, noun_ranges, vocabulary_p
 
 
 def mask_words(scene: Scene, method: MethodConfig) -> dict[PromptPart, tuple[Range, ...]]:
-    """Give the words that stand for background and character in masks; {}: all of them.
+    """Return the words that stand for background and character in masks; {}: all of them.
 
     Ranges are within the part. Raises ConfigError, one line per part, if a part has no such word.
     """
@@ -33,8 +33,8 @@ def mask_words(scene: Scene, method: MethodConfig) -> dict[PromptPart, tuple[Ran
     return found
 
 
-def cleaned(story: Story) -> Story:
-    """Give the story as the stock pipeline would clean it, part by part: so spans stay exact."""
+def clean_story(story: Story) -> Story:
+    """Return the story as the stock pipeline would clean it, part by part: so spans stay exact."""
 
     def clean_all(words: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return None if words is None else tuple(map(clean_text, words))
@@ -61,8 +61,8 @@ def cleaned(story: Story) -> Story:
     return story.model_copy(update={"scenes": tuple(map(clean, story.scenes))})
 
 
-def in_vocabulary(story: Story, vocabulary: Vocabulary, *, source: str) -> Story:
-    """Give the story in the vocabulary's spelling. Raises ConfigError for other words."""
+def respell_story(story: Story, vocabulary: Vocabulary, *, source: str) -> Story:
+    """Return the story in the vocabulary's spelling. Raises ConfigError for other words."""
     problems: list[str] = []
 
     def phrase(part: PromptPart, words: str, path: str) -> str:

@@ -20,7 +20,7 @@ from ray._private import worker as ray_process
 from ray.exceptions import RayError
 
 from bachvid.errors import ConfigError
-from bachvid.planning.placement import ClusterFacts
+from bachvid.planning.nodes import ClusterFacts
 
 LOCAL = "local"
 
@@ -30,7 +30,7 @@ _FORWARDED = ("HF_", "NCCL_", "TORCH_NCCL_", "CUDA_DEVICE_", "BACHVID_")
 
 
 @contextmanager
-def connected(address: str) -> Iterator[ClusterFacts]:
+def ray_connection(address: str) -> Iterator[ClusterFacts]:
     """Be connected to the cluster at `address` ("local": start one, and end it after the block).
 
     A process that called `ray.init` itself stays connected as it is, and `address` is ignored.
@@ -49,7 +49,7 @@ def connected(address: str) -> Iterator[ClusterFacts]:
 
 def read_cluster(address: str) -> ClusterFacts:
     """Look at a cluster. Raises ConfigError if there is none."""
-    with connected(address) as facts:
+    with ray_connection(address) as facts:
         return facts
 
 

@@ -24,10 +24,11 @@ from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bachvid.errors import BachvidError, WorkerError
-from bachvid.inputs.config import RenderConfig, read_steps
-from bachvid.layout.gangs import BRANCHES, overlapping
+from bachvid.inputs.config import RenderConfig
+from bachvid.layout.gangs import BRANCHES, overlapping_ranks
 from bachvid.planning.placement import ExecutionPlan
 from bachvid.planning.plan import RenderPlan
+from bachvid.planning.resolve import read_steps
 from bachvid.prompts.compose import Prompt
 from bachvid.ray_backend.gang import GangWorker, Place, Rank, Stream
 from bachvid.ray_backend.worker import Note
@@ -102,7 +103,8 @@ class RayPool:
         branches = BRANCHES if self._plan.config.method.branches == "both" else ("cond",)
         self._recorders = [i for i, w in enumerate(writers) if set(w.branches) & set(branches)]
         self._sources = [
-            overlapping(reader, writers, branches) for reader in self._execution.frame.shares(heads)
+            overlapping_ranks(reader, writers, branches)
+            for reader in self._execution.frame.shares(heads)
         ]
 
     def _spawn_all(self) -> None:
@@ -171,7 +173,7 @@ class RayPool:
                 ) from error
 
     def start(self, worker: int, job: Job) -> None:
-        """Give a job to an idle worker; a frame video also all that it reads and that is there."""
+        """Return a job to an idle worker; a frame video also all that it reads and that is there."""
         number, self._next_number = self._next_number, self._next_number + 1
         gang = self._workers[worker]
         texts = (job.video.prompt.text, self._plan.config.sampling.negative_prompt)
@@ -330,7 +332,7 @@ class RayPool:
         )
 
     def _broken(self, worker: GangWorker, reason: str) -> list[Message]:
-        """Give up a job that failed; its worker is well, or else started anew."""
+        """Return up a job that failed; its worker is well, or else started anew."""
         stream = worker.stream
         assert stream is not None
         worker.stream = None
@@ -530,6 +532,6 @@ class RayPool:
 
 
 def _reason(error: RayError) -> str:
-    """Give the first line of what went wrong in a worker, without Ray's frame around it."""
+    """Return the first line of what went wrong in a worker, without Ray's frame around it."""
     cause = getattr(error, "cause", None) or error
     return f"{type(cause).__name__}: {str(cause).strip() or 'no reason given'}".split("\n")[0]

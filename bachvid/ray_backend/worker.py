@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from bachvid.catalog.registry import load_facts
-from bachvid.driver.events import PreviewFrames, RunStep
+from bachvid.engine.steps import PreviewFrames, RunStep
 from bachvid.errors import CorruptShardError, LostShardError, WorkerError
 from bachvid.inputs.config import RenderConfig
 from bachvid.layout.gangs import Gang
@@ -28,8 +28,9 @@ from bachvid.prompts.compose import Prompt
 from bachvid.scheduling.publication import part_key
 
 if TYPE_CHECKING:
-    from bachvid.attention.attend import SequenceGroup
-    from bachvid.engine.worker import ModelWorker, RenderedVideo
+    from bachvid.attention.groups import SequenceGroup
+    from bachvid.engine.results import RenderedVideo
+    from bachvid.engine.worker import ModelWorker
     from bachvid.kv.cache import IdentityCache
     from bachvid.kv.packing import PackedStep
 
@@ -149,7 +150,7 @@ class RayWorker:
 
         The ranks of a gang meet in a file of that name, which is of this gang only.
         """
-        from bachvid.attention.attend import ALONE
+        from bachvid.attention.groups import ALONE
         from bachvid.engine.worker import ModelWorker
 
         group: SequenceGroup = ALONE
@@ -176,7 +177,7 @@ class RayWorker:
 
     @ray.method(concurrency_group="control")
     def send(self, number: int, **what: Any) -> None:
-        """Give a job what `_Feed.send` takes; too late is no error."""
+        """Return a job what `_Feed.send` takes; too late is no error."""
         feed = self._feed(number)
         if feed is not None:
             feed.send(**what)
@@ -192,7 +193,7 @@ class RayWorker:
         first: int,
     ) -> Iterator[Note | PackedStep | IdentityCache]:
         """Render an identity video and publish what it records, from the part `first` on."""
-        from bachvid.engine.worker import IdentityVideoActor
+        from bachvid.engine.videos import IdentityVideoActor
         from bachvid.kv.cache import IdentityCache, MemoryKVStore
 
         worker, packer = self._worker, self._worker.new_packer()
@@ -241,7 +242,7 @@ class RayWorker:
         cache_bytes: int,
     ) -> Iterator[Note]:
         """Render a frame video from the cache and the parts that it is sent."""
-        from bachvid.engine.worker import FrameVideoActor
+        from bachvid.engine.videos import FrameVideoActor
         from bachvid.kv.pulling import PulledKVStore
 
         worker, reads = self._worker, self._worker.method.reads

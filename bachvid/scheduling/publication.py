@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Generic, TypeVar
 
-from bachvid.driver.events import RunStep
+from bachvid.engine.steps import RunStep
 
 Ref = TypeVar("Ref")
 Reader = TypeVar("Reader", bound=Hashable)
 
 
 def part_key(reads: Sequence[Sequence[int]], step: RunStep) -> tuple[int, int] | None:
-    """Give what a run of a frame video reads at a step, as (how many runs read before, step).
+    """Return what a run of a frame video reads at a step, as (how many runs read before, step).
 
     None if the run reads nothing. These keys rise in the order of reading.
     """

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Literal
 
+from bachvid.inputs.choices import Policy
 from bachvid.inputs.story import IDENTITY_ID
 
-Policy = Literal["window", "retain"]
 VideoState = Literal["pending", "running", "done", "failed"]
 Kind = Literal["identity", "frame", "any"]
 
@@ -150,7 +150,7 @@ class Schedule:
         return self._by_id[scene].is_over
 
     def state(self, scene: str, video: str) -> VideoState:
-        """Give the state of a video."""
+        """Return the state of a video."""
         return self._by_id[scene].states[video]
 
     def assign(self, idle: Sequence[Slot], num_workers: int) -> list[Assignment]:
@@ -243,7 +243,7 @@ class Schedule:
         return video
 
     def _top(self, heap: list[int], belongs: Callable[[_Scene], bool]) -> _Scene | None:
-        """Give the first scene of a heap that still belongs there; drop those before it."""
+        """Return the first scene of a heap that still belongs there; drop those before it."""
         while heap:
             scene = self._scenes[heap[0]]
             if belongs(scene):
@@ -277,7 +277,7 @@ class Schedule:
         return wave + [_start_frame(scene, free.take(node)) for _ in range(num_frames)]
 
     def _roomiest(self, free: _FreeSlots) -> str | None:
-        """Give the node with the fewest identity caches, or None if all are full."""
+        """Return the node with the fewest identity caches, or None if all are full."""
         node = min(reversed(free.by_node), key=lambda name: self._caches.get(name, 0))
         return node if self._caches.get(node, 0) < self._live_scenes else None
 

@@ -16,17 +16,20 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from bachvid.attention.attend import ALONE, AttentionControl, SequenceGroup
+from bachvid.attention.control import AttentionControl
+from bachvid.attention.groups import ALONE, SequenceGroup
 from bachvid.attention.parallel import join_group
-from bachvid.driver.events import PreviewFrames
+from bachvid.engine.results import RenderedVideo
 from bachvid.engine.sampling import denoise
-from bachvid.engine.worker import FrameVideoActor, IdentityVideoActor, ModelWorker, RenderedVideo
+from bachvid.engine.steps import PreviewFrames
+from bachvid.engine.videos import FrameVideoActor, IdentityVideoActor
+from bachvid.engine.worker import ModelWorker
 from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
 from bachvid.kv.cache import IdentityCache, MemoryKVStore
 from bachvid.kv.packing import PackedStep
 from bachvid.kv.pulling import PulledKVStore
-from bachvid.layout.gangs import Gang, overlapping
+from bachvid.layout.gangs import Gang, overlapping_ranks
 from bachvid.planning.plan import RenderPlan, render_plan
 
 STORY = Story.model_validate(
@@ -146,7 +149,7 @@ def frame(worker: ModelWorker, plan: RenderPlan, path: Path) -> RenderedVideo | 
     """Render a frame video from the blocks that this rank needs, as `overlapping` names them."""
     written, facts = read(path), worker.facts
     cache = written.cache
-    needed = overlapping(worker.share, written.gang.shares(facts.num_heads), cache.branches)
+    needed = overlapping_ranks(worker.share, written.gang.shares(facts.num_heads), cache.branches)
     store = PulledKVStore(
         lambda run, step: [written.blocks[rank][step] for rank in needed],
         share=worker.share,

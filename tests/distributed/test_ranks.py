@@ -15,7 +15,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from ranks import Shown, name_of, run_gang, show
 
-from bachvid.attention.attend import ALONE
+from bachvid.attention.groups import ALONE
 from bachvid.layout.gangs import Gang
 
 PAPER = ("method.profile=paper", "method.mask_step=1", "method.inject_steps=[0, 3]")
@@ -85,7 +85,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(params=MODELS)
-def shown(request: pytest.FixtureRequest, results: Results) -> Mapping[str, list[Shown]]:
+def quote(request: pytest.FixtureRequest, results: Results) -> Mapping[str, list[Shown]]:
     return results[request.param]
 
 

@@ -11,20 +11,25 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
-from bachvid.attention.attend import ALONE, AttentionControl, Rotary, RunContext, SequenceGroup
+from bachvid.attention.context import RunContext
+from bachvid.attention.control import AttentionControl
+from bachvid.attention.groups import ALONE, SequenceGroup
+from bachvid.attention.rotary import Rotary
 from bachvid.catalog.registry import PUBLISHED, load_facts
 from bachvid.driver.events import Done, Failed
 from bachvid.driver.renderer import StoryRenderer
 from bachvid.engine.sampling import denoise
-from bachvid.inputs.config import ModelConfig, RenderConfig, resolve_config
+from bachvid.inputs.config import ModelConfig, RenderConfig
 from bachvid.inputs.story import Story
 from bachvid.kv.cache import KVShard
 from bachvid.kv.packing import StepPacker, sites_of
 from bachvid.kv.pulling import PulledKVStore
 from bachvid.layout.gangs import BRANCHES, Gang
-from bachvid.models.base import VideoModel, load_model
+from bachvid.models.base import VideoModel
 from bachvid.models.cogvideox import CogVideoXControlledProcessor
+from bachvid.models.registry import load_model
 from bachvid.planning.memory import rank_memory
+from bachvid.planning.resolve import resolve_config
 from bachvid.prompts.compose import Prompt
 
 CUDA = torch.device("cuda", 0)

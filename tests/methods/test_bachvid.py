@@ -12,16 +12,10 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor
 
-from bachvid.attention.attend import (
-    QKV,
-    AttentionControl,
-    AttentionSite,
-    KVGroup,
-    Rotary,
-    RunContext,
-    attend,
-    controlled_attention,
-)
+from bachvid.attention.attend import attend, controlled_attention
+from bachvid.attention.context import RunContext
+from bachvid.attention.control import QKV, AttentionControl, AttentionSite, KVGroup
+from bachvid.attention.rotary import Rotary
 from bachvid.errors import CacheMissError, LayoutError, WorkerError
 from bachvid.inputs.config import MethodConfig
 from bachvid.kv.cache import IdentityCache, KVShard, MemoryKVStore
@@ -32,7 +26,7 @@ from bachvid.methods.bachvid import BachVid, FrameInjector, PrePassInjector, Vid
 from bachvid.methods.base import Method, MethodSettings, Observation
 from bachvid.methods.none import Vanilla
 from bachvid.methods.ops.masks import ForegroundMask, MaskRecovery
-from bachvid.prompts.compose import TokenizedPrompt
+from bachvid.prompts.tokenizer import TokenizedPrompt
 
 LAYOUT = TokenLayout(text_tokens=8, latent_frames=2, grid_height=3, grid_width=4)
 HEADS, WIDTH, LAYERS, STEPS = 2, 16, 4, 6

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bachvid.attention.attend import AttentionSite
+from bachvid.attention.control import AttentionSite
 from bachvid.errors import LayoutError
 from bachvid.kv.cache import KVShard
 from bachvid.layout.tokens import TokenLayout

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 from rich.console import Console
 
+from bachvid.atomic import write_atomically
+from bachvid.engine.arrays import Frames
 from bachvid.errors import ConfigError
 from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
@@ -20,8 +22,9 @@ from bachvid.metrics.evaluate import evaluate_run, vanilla_twin
 from bachvid.metrics.psnr_bg import CAP_DB
 from bachvid.metrics.table import evaluation_table, write_results
 from bachvid.output.journal import RunHeader, VideoRecord
-from bachvid.output.mp4 import Frames, enlarge, write_mp4
-from bachvid.output.run_directory import RunDirectory, write_atomically
+from bachvid.output.mp4 import write_mp4
+from bachvid.output.pixels import enlarge
+from bachvid.output.run_directory import RunDirectory
 from bachvid.storybook.judge import JudgeReading
 
 STORY = {

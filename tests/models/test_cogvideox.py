@@ -15,15 +15,18 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bachvid.attention.attend import AttentionControl, RunContext
+from bachvid.attention.context import RunContext
+from bachvid.attention.control import AttentionControl
 from bachvid.catalog.registry import load_facts
 from bachvid.errors import BachvidError, ConfigError, ModelSupportError
 from bachvid.inputs.config import ModelConfig, VideoConfig
 from bachvid.models import cogvideox
-from bachvid.models.base import VideoModel, attention_control, load_model
+from bachvid.models.base import VideoModel, attention_control
 from bachvid.models.cogvideox import CogVideoXControlledProcessor, CogVideoXModel
 from bachvid.models.loading import TextEncoder
-from bachvid.prompts.compose import Prompt, PromptTokenizer, compose_prompt
+from bachvid.models.registry import load_model
+from bachvid.prompts.compose import Prompt, compose_prompt
+from bachvid.prompts.tokenizer import PromptTokenizer
 
 PROMPT = compose_prompt("a snowy forest", "a girl in a yellow dress", "jumps")
 OTHER = compose_prompt("a sunny beach", "a robot", "waves and walks")

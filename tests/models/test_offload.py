@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bachvid.attention.attend import RunContext
+from bachvid.attention.context import RunContext
 from bachvid.catalog.registry import load_facts
 from bachvid.engine.sampling import denoise
-from bachvid.inputs.config import ModelConfig, RenderConfig, config_hash, resolve_config
-from bachvid.models.base import VideoModel, load_model
+from bachvid.inputs.config import ModelConfig, RenderConfig
+from bachvid.models.base import VideoModel
+from bachvid.models.registry import load_model
+from bachvid.planning.resolve import config_hash, resolve_config
 from bachvid.prompts.compose import Prompt
 
 PROMPT = Prompt("a red robot, a sunny beach, walks")

@@ -18,26 +18,24 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bachvid.attention.attend import AttentionControl, AttentionSite, RunContext
+from bachvid.attention.context import RunContext
+from bachvid.attention.control import AttentionControl, AttentionSite
 from bachvid.catalog.registry import load_facts
 from bachvid.engine.sampling import denoise
 from bachvid.errors import BachvidError, ConfigError, ModelSupportError
-from bachvid.inputs.config import (
-    ModelConfig,
-    RenderConfig,
-    SamplingConfig,
-    VideoConfig,
-    resolve_config,
-)
+from bachvid.inputs.config import ModelConfig, RenderConfig, SamplingConfig, VideoConfig
 from bachvid.inputs.story import Story
 from bachvid.kv.cache import MemoryKVStore
 from bachvid.methods.bachvid import IdentityRecorder
 from bachvid.methods.base import MethodSettings
 from bachvid.models import wan
-from bachvid.models.base import VideoModel, attention_control, load_model
+from bachvid.models.base import VideoModel, attention_control
+from bachvid.models.registry import load_model
 from bachvid.models.wan import WanCrossAttention, WanModel, WanSelfAttention
 from bachvid.planning.plan import render_plan
-from bachvid.prompts.compose import Prompt, PromptTokenizer, compose_prompt, noun_ranges
+from bachvid.planning.resolve import resolve_config
+from bachvid.prompts.compose import Prompt, compose_prompt, noun_ranges
+from bachvid.prompts.tokenizer import PromptTokenizer
 
 WORDS = {
     "background": noun_ranges("a snowy forest", None),

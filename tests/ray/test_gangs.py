@@ -33,7 +33,7 @@ def two_nodes() -> Iterator[Cluster]:
 
 
 def latents(out: Path) -> Latents:
-    """Give the latents of a run, which must be whole."""
+    """Return the latents of a run, which must be whole."""
     records = read_run(out).records
     assert len(records) == sum(1 + len(scene.actions) for scene in STORY.scenes)
     return {

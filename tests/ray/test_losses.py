@@ -107,7 +107,7 @@ class Runs:
 
 
 def left_overs(cluster: Cluster) -> tuple[list[int], list[str]]:
-    """Give the workers and placement groups that a render has left behind."""
+    """Return the workers and placement groups that a render has left behind."""
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         groups = ray.util.placement_group_table().values()

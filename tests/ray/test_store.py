@@ -23,9 +23,10 @@ from test_render_on_ray import STORY, hashes, settings
 
 from bachvid.driver.renderer import Done, Event, Failed, FrameStep, IdentityStep, StoryRenderer
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import RenderConfig, recorded_steps
+from bachvid.inputs.config import RenderConfig
 from bachvid.planning.plan import render_plan
-from bachvid.ray_backend.connection import connected
+from bachvid.planning.resolve import recorded_steps
+from bachvid.ray_backend.connection import ray_connection
 from bachvid.scheduling.publication import Publication
 
 Hashes = dict[tuple[str, str], tuple[str, str]]
@@ -84,7 +85,7 @@ def watched_store() -> Iterator[list[float]]:
 
 
 def store_summary(address: str) -> str:
-    """Give what `ray memory` prints on all stores."""
+    """Return what `ray memory` prints on all stores."""
     command = [str(Path(sys.executable).with_name("ray")), "memory", "--stats-only"]
     done = subprocess.run(
         [*command, "--address", address], check=True, capture_output=True, text=True
@@ -103,7 +104,7 @@ def test_a_window_of_steps_is_alive_and_nothing_is_spilled(
 ) -> None:
     config = large(tiny_cogvideox_folder, f"cache.policy={policy}", "cache.window=2")
     with (
-        connected(three_nodes.address),
+        ray_connection(three_nodes.address),
         watched_store() as samples,
         StoryRenderer(config, tmp_path, address=three_nodes.address) as renderer,
     ):
@@ -303,9 +304,9 @@ def test_a_store_that_is_full_fails_the_scene_in_our_words(
 
 LOCAL = """
 import os, psutil
-from bachvid.ray_backend.connection import connected
+from bachvid.ray_backend.connection import ray_connection
 
-with connected("local"):
+with ray_connection("local"):
     driver = psutil.Process()
     for process in [driver, *driver.children(recursive=True)]:
         for socket in process.net_connections(kind="inet"):

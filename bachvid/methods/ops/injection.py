@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bachvid.attention.attend import KVGroup
+from bachvid.attention.control import KVGroup
 from bachvid.errors import LayoutError
 from bachvid.kv.cache import KVShard
 from bachvid.layout.tokens import TokenLayout
@@ -81,7 +81,7 @@ def select_injected_tokens(
 
 
 def inject_identity_kv(shard: KVShard, tokens: InjectedTokens) -> list[KVGroup]:
-    """Give foreground and background queries the identity keys and values that they see.
+    """Return foreground and background queries the identity keys and values that they see.
 
     Foreground keys are those of the matched identity tokens, moved to the positions of the frame
     tokens; background keys stay where they are. Text queries are in neither group. A group

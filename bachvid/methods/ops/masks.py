@@ -55,7 +55,7 @@ def text_mass(
     *,
     chunk: int = 256,
 ) -> Tensor:
-    """Give the attention that each query pays to a key of each segment, on average.
+    """Return the attention that each query pays to a key of each segment, on average.
 
     The softmax runs over all of `key_KHD`; `segments` are rows of it. Queries and keys are as
     the attention sees them: after RoPE. Returns mass_NG, fp32, the mean over heads and over the

@@ -1,0 +1,117 @@
+"""What a model is: sizes, defaults, layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from bachvid.catalog.families import FAMILIES, Family
+from bachvid.catalog.profiles import DefaultFacts, ProfileFacts
+from bachvid.errors import ConfigError
+from bachvid.inputs.choices import SchedulerName
+from bachvid.inputs.config import VideoConfig
+from bachvid.layout.gangs import Branch
+from bachvid.layout.tokens import TokenLayout
+
+
+class Vocabulary(BaseModel):
+    """The phrases that a model was trained on, where those are all that it understands."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    background: tuple[str, ...]
+    character: tuple[str, ...]
+    action: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """The sizes and defaults of one model. `folder` is None for a Hub model not downloaded."""
+
+    name: str
+    family: Family
+    folder: Path | None
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    ffn_dim: int  # channels within a feed-forward
+    text_tokens: int  # the length that every prompt is padded to
+    text_dim: int
+    has_rope: bool
+    patch_size: int  # latents per token, along height and width; along time it is 1
+    latent_channels: int
+    vae_channels: int  # of the autoencoder's layers at full resolution
+    spatial_ratio: int  # pixels per latent, along height and width
+    temporal_ratio: int  # pixel frames per latent frame, after the first
+    defaults: DefaultFacts
+    profiles: Mapping[str, ProfileFacts]
+    max_grid: int | None = None  # tokens along each axis that there are positions for
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def schedulers(self) -> tuple[SchedulerName, ...]:
+        """The schedulers that the family has."""
+        return FAMILIES[self.family].schedulers
+
+    @property
+    def passes(self) -> tuple[tuple[Branch, ...], ...]:
+        """The forwards of one guided step, in their order, by the CFG branches that share one."""
+        return FAMILIES[self.family].passes
+
+    @property
+    def cleans_text(self) -> bool:
+        """Whether prompts are cleaned before they are tokenized."""
+        return FAMILIES[self.family].cleans_text
+
+    @property
+    def joint_text_tokens(self) -> int:
+        """Text tokens in the video's own attention; 0 where text has an attention of its own."""
+        return self.text_tokens if FAMILIES[self.family].has_joint_text else 0
+
+    def layout(self, video: VideoConfig) -> TokenLayout:
+        """Return the token layout of a resolved config. Raises ConfigError for an illegal size."""
+        assert video.pixel_frames is not None
+        assert video.height is not None
+        assert video.width is not None
+        grid = self.grid(video.pixel_frames, video.height, video.width)
+        return TokenLayout(self.joint_text_tokens, *grid)
+
+    def grid(self, pixel_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return the token grid (latent_frames, grid_height, grid_width) of a video.
+
+        Raises ConfigError with the nearest legal values.
+        """
+        frame_stride = self.temporal_ratio
+        if (pixel_frames - 1) % frame_stride:
+            nearest = _nearest(pixel_frames - 1, frame_stride, first=0)
+            raise ConfigError(
+                f"video.pixel_frames: is {pixel_frames}: must be 1 more than a multiple of "
+                f"{frame_stride}; nearest are {' and '.join(str(n + 1) for n in nearest)}"
+            )
+        stride = math.lcm(FAMILIES[self.family].size_step, self.spatial_ratio * self.patch_size)
+        for name, size in (("height", height), ("width", width)):
+            if size % stride:
+                nearest = _nearest(size, stride, first=stride)
+                raise ConfigError(
+                    f"video.{name}: is {size}: must be a multiple of {stride}; "
+                    f"nearest are {' and '.join(map(str, nearest))}"
+                )
+        token_pixels = self.spatial_ratio * self.patch_size
+        latent_frames = (pixel_frames - 1) // frame_stride + 1
+        grid = latent_frames, height // token_pixels, width // token_pixels
+        for name, tokens in zip(("pixel_frames", "height", "width"), grid, strict=True):
+            if self.max_grid is not None and tokens > self.max_grid:
+                raise ConfigError(
+                    f"video.{name}: makes {tokens} tokens along this axis: {self.name} has "
+                    f"positions for {self.max_grid}; choose a smaller video"
+                )
+        return grid
+
+
+def _nearest(value: int, stride: int, *, first: int) -> list[int]:
+    below = value // stride * stride
+    return [legal for legal in (below, below + stride) if legal >= first]

@@ -1,0 +1,21 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+def format_bytes(count: int) -> str:
+    """Return a count of bytes in decimal units, as disks and memory are sold."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def pluralize(number: int, noun: str) -> str:
+    """Return a number and its noun, as 1 worker or 2 workers."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
