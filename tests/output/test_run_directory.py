@@ -210,7 +210,7 @@ WRITER = """
 import sys, time
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from test_rundir import HEADER, RunDirectory, render
+from test_run_directory import HEADER, RunDirectory, render
 with RunDirectory(Path(sys.argv[1]), HEADER) as run:
     for index in range(40):
         video = f"v{index}"

@@ -9,7 +9,7 @@ import pytest
 from bachvid.errors import ConfigError
 from bachvid.inputs.story import Action, Scene, Story, video_seed
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 YAML = """\
 title: A day
 seed: 5

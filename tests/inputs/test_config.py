@@ -13,7 +13,7 @@ from bachvid.errors import ConfigError
 from bachvid.inputs.config import MethodConfig, RenderConfig
 from bachvid.planning.resolve import config_hash, read_steps, recorded_steps, resolve_config
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 FACTS = PUBLISHED["THUDM/CogVideoX-5b"]
 
 
