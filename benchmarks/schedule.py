@@ -21,11 +21,12 @@ import click
 
 from bachvid.catalog.registry import PUBLISHED
 from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.runs import read_steps, recorded_steps
 from bachvid.inputs.story import IDENTITY_ID
 from bachvid.planning.nodes import ClusterFacts, NodeFacts
 from bachvid.planning.placement import plan_execution
 from bachvid.planning.plan import identity_cache_bytes
-from bachvid.planning.resolve import read_steps, recorded_steps, resolve_config
+from bachvid.planning.resolve import resolve_config
 from bachvid.scheduling.schedule import Policy, SceneWork, Schedule, Slot
 
 MODEL = PUBLISHED["THUDM/CogVideoX-5b"]

@@ -37,7 +37,7 @@ class RunContext:
         return self.layout.rank_positions(self.group.rank, self.group.size)
 
     def gather_positions(self, x_NC: Tensor) -> Tensor:
-        """Return the rows of the whole video, given those of this rank's positions: a collective."""
+        """Return the rows of the whole video, given this rank's: a collective."""
         if self.group.size == 1:
             return x_NC
         rows_BNC = _pad_rows(x_NC[None], self.layout.rank_tokens(self.group.size))

@@ -1,1 +1,1 @@
-"""Room."""
+"""What models are: sizes, layers, files, published ones. No torch."""

@@ -85,7 +85,7 @@ def read_part_sizes(
 
 
 def _tensor_sizes(path: Path) -> dict[str, int]:
-    """Return the number of values of each tensor: a file begins with the length of a JSON header."""
+    """Return the values of each tensor: a file begins with the length of a JSON header."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -1,1 +1,1 @@
-"""Room."""
+"""The Python API, and the render that it drives."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from bachvid.engine.steps import PreviewFrames, RunStep
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
+from bachvid.inputs.runs import recorded_steps
 from bachvid.planning.plan import RenderPlan
-from bachvid.planning.resolve import config_hash, recorded_steps
+from bachvid.planning.resolve import config_hash
 from bachvid.prompts.compose import Prompt
 from bachvid.scheduling.schedule import Slot
 

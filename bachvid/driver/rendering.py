@@ -28,6 +28,7 @@ from bachvid.driver.local_pool import LocalPool
 from bachvid.engine.arrays import Frames
 from bachvid.engine.steps import RunStep
 from bachvid.errors import WorkerError
+from bachvid.inputs.runs import read_steps
 from bachvid.output.files import (
     IdentityPicture,
     contact_sheet,
@@ -41,7 +42,6 @@ from bachvid.output.journal import VideoRecord
 from bachvid.output.run_directory import RunDirectory
 from bachvid.output.sheets import sheet_tiles
 from bachvid.planning.plan import RenderPlan, ScenePlan, VideoPlan
-from bachvid.planning.resolve import read_steps
 from bachvid.scheduling.pool import (
     Broken,
     CacheLost,

@@ -1,1 +1,1 @@
-"""Room."""
+"""One process renders."""

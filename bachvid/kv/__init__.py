@@ -1,1 +1,1 @@
-"""Room."""
+"""What identity videos leave, and how it travels."""

@@ -1,1 +1,1 @@
-"""Room."""
+"""Where tokens, heads and branches lie. No torch."""

@@ -15,11 +15,11 @@ from torch import Tensor
 from bachvid.attention.context import RunContext
 from bachvid.attention.control import AttentionControl
 from bachvid.inputs.config import MethodConfig
+from bachvid.inputs.runs import read_steps, recorded_steps
 from bachvid.kv.cache import IdentityCache, KVStore
 from bachvid.layout.gangs import Branch
 from bachvid.methods.ops.injection import InjectedTokens
 from bachvid.methods.ops.masks import ForegroundMask, MaskRecovery
-from bachvid.planning.resolve import read_steps, recorded_steps
 from bachvid.prompts.tokenizer import TokenizedPrompt
 
 

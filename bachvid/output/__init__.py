@@ -1,1 +1,1 @@
-"""Room."""
+"""What is written into a run directory."""

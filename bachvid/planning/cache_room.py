@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from bachvid.errors import ConfigError
 from bachvid.inputs.choices import Policy
 from bachvid.inputs.config import RenderConfig
-from bachvid.planning.resolve import read_steps
+from bachvid.inputs.runs import read_steps
 
 if TYPE_CHECKING:
     from bachvid.planning.nodes import NodeFacts
@@ -107,15 +107,16 @@ class CacheRoom:
             return "retain", "no keys and values are kept"
         if most + 1 > workers:
             return "retain", (
-                f"a scene has {pluralize(most, 'frame video')}, and of {pluralize(workers, 'worker')} "
-                f"only {workers - 1} can render them while one renders the identity video; so all "
+                f"a scene has {pluralize(most, 'frame video')}, and of "
+                f"{pluralize(workers, 'worker')} only {workers - 1} can "
+                f"render them while one renders the identity video; so all "
                 f"keys and values are kept, {kept}"
             )
         can_retain = self._retain_problem() is None
         if can_retain and self._window_problem() is not None:
             return "retain", (
-                f"{pluralize(self._waves_at_once, 'wave')} at a time of {self._window} steps each do "
-                f"not fit the object store; so all keys and values are kept, {kept}"
+                f"{pluralize(self._waves_at_once, 'wave')} at a time of {self._window} steps each "
+                f"do not fit the object store; so all keys and values are kept, {kept}"
             )
         rounds = self._wave_rounds()
         slow, fast = rounds * self._wave_steps, self.num_waves("retain") * self._frame_steps
@@ -154,8 +155,8 @@ class CacheRoom:
                 waves = min(self._waves_at_once, workers)
                 return (
                     f"cache.window: is {self._window} steps of {format_bytes(self._step_bytes)}: "
-                    f"for {pluralize(waves, 'scene')} at a time that is {format_bytes(needed)}, and "
-                    f"{_store_text(node)}. Set a smaller cache.window, or fewer "
+                    f"for {pluralize(waves, 'scene')} at a time that is {format_bytes(needed)}, "
+                    f"and {_store_text(node)}. Set a smaller cache.window, or fewer "
                     f"cluster.workers, or start Ray there with {_store_option(needed)}"
                 )
         return None

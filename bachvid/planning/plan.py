@@ -12,13 +12,14 @@ from bachvid.catalog.registry import load_facts
 from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.inputs.choices import DTYPE_BYTES
 from bachvid.inputs.config import MethodConfig, RenderConfig
+from bachvid.inputs.runs import read_steps, recorded_steps
 from bachvid.inputs.story import IDENTITY_ID, Action, Scene, Story, video_seed
 from bachvid.inputs.words import Range
 from bachvid.layout.tokens import TokenLayout
 from bachvid.planning.memory import PlannedMemory, plan_memory
 from bachvid.planning.nodes import ClusterFacts
 from bachvid.planning.placement import ExecutionPlan, plan_execution, plan_gangs
-from bachvid.planning.resolve import read_steps, recorded_steps, resolve_config
+from bachvid.planning.resolve import resolve_config
 from bachvid.prompts.compose import Prompt, PromptPart, compose_prompt
 from bachvid.prompts.tokenizer import PromptTokenizer, TokenizedPrompt
 from bachvid.prompts.vocabulary import check_negative, clean_story, mask_words, respell_story

@@ -80,31 +80,6 @@ def config_hash(resolved: RenderConfig) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def read_steps(method: MethodConfig) -> tuple[tuple[int, ...], ...]:
-    """Give, for every run of a frame video, the steps whose identity keys and values it reads.
-
-    `method` is resolved. The last run is the main run; those before it are pre-passes.
-    """
-    if method.name == "none":
-        return ((),)
-    assert method.inject_steps is not None
-    assert method.mask_step is not None
-    assert method.pre_passes is not None
-    injected = tuple(range(*method.inject_steps))
-    first = tuple(range(1, method.mask_step + 1))  # by the mask of the step before
-    repeated = tuple(step for step in injected if step <= method.mask_step)
-    return (
-        first if method.pre_pass_injection == "background" else (),
-        *[repeated] * (method.pre_passes - 1),
-        injected,
-    )
-
-
-def recorded_steps(method: MethodConfig) -> tuple[int, ...]:
-    """Return the steps of the identity video whose keys and values some run reads."""
-    return tuple(sorted({step for steps in read_steps(method) for step in steps}))
-
-
 def _filled(section: SectionT, **defaults: object) -> SectionT:
     missing = {key: value for key, value in defaults.items() if getattr(section, key) is None}
     return section.model_copy(update=missing)

@@ -1,1 +1,1 @@
-"""Room."""
+"""Workers on a Ray cluster: the only room that imports ray."""

@@ -25,10 +25,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bachvid.errors import BachvidError, WorkerError
 from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.runs import read_steps
 from bachvid.layout.gangs import BRANCHES, overlapping_ranks
 from bachvid.planning.placement import ExecutionPlan
 from bachvid.planning.plan import RenderPlan
-from bachvid.planning.resolve import read_steps
 from bachvid.prompts.compose import Prompt
 from bachvid.ray_backend.gang import GangWorker, Place, Rank, Stream
 from bachvid.ray_backend.worker import Note
@@ -173,7 +173,7 @@ class RayPool:
                 ) from error
 
     def start(self, worker: int, job: Job) -> None:
-        """Return a job to an idle worker; a frame video also all that it reads and that is there."""
+        """Give a job to an idle worker; a frame video also all that it reads and that is there."""
         number, self._next_number = self._next_number, self._next_number + 1
         gang = self._workers[worker]
         texts = (job.video.prompt.text, self._plan.config.sampling.negative_prompt)

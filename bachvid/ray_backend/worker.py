@@ -132,7 +132,7 @@ def _pulled(refs: Sequence[ray.ObjectRef[Item]], what: str) -> Sequence[Item]:
 
 
 class RayWorker:
-    """One process with one model, or its share of one. `bachvid.ray_backend.pool` calls its methods."""
+    """One process with one model, or its share of one; the pool calls its methods."""
 
     def __init__(self, config: RenderConfig, gang: Gang, rank: int) -> None:
         self._config, self._gang, self._rank = config, gang, rank

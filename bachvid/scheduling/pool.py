@@ -1,8 +1,8 @@
 """What a driver needs of the processes that render, and the pool that is this process alone.
 
 A pool runs jobs, one at a time on each of its workers, and says what became of them. It decides
-nothing: what runs when is `bachvid.scheduling.schedule`, what is kept is `bachvid.driver.renderer`. The other pool,
-of Ray actors, is `bachvid.ray_backend.pool`. Imports no torch.
+nothing: what runs when is `bachvid.scheduling.schedule`, what is kept is the driver's. Imports no
+torch.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from bachvid.catalog.facts import ModelFacts
 from bachvid.catalog.registry import PUBLISHED
 from bachvid.errors import ConfigError
 from bachvid.inputs.config import MethodConfig, RenderConfig
-from bachvid.planning.resolve import config_hash, read_steps, recorded_steps, resolve_config
+from bachvid.inputs.runs import read_steps, recorded_steps
+from bachvid.planning.resolve import config_hash, resolve_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FACTS = PUBLISHED["THUDM/CogVideoX-5b"]

@@ -10,6 +10,7 @@ import pytest
 from bachvid.catalog.registry import PUBLISHED
 from bachvid.errors import ConfigError
 from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.runs import recorded_steps
 from bachvid.planning.nodes import ClusterFacts, NodeFacts
 from bachvid.planning.placement import (
     ExecutionPlan,
@@ -18,7 +19,7 @@ from bachvid.planning.placement import (
     plan_execution,
 )
 from bachvid.planning.plan import identity_cache_bytes
-from bachvid.planning.resolve import recorded_steps, resolve_config
+from bachvid.planning.resolve import resolve_config
 from bachvid.units import format_bytes
 
 FACTS = PUBLISHED["THUDM/CogVideoX-5b"]

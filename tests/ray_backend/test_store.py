@@ -24,8 +24,8 @@ from test_render_on_ray import STORY, hashes, settings
 from bachvid.driver.renderer import Done, Event, Failed, FrameStep, IdentityStep, StoryRenderer
 from bachvid.errors import ConfigError
 from bachvid.inputs.config import RenderConfig
+from bachvid.inputs.runs import recorded_steps
 from bachvid.planning.plan import render_plan
-from bachvid.planning.resolve import recorded_steps
 from bachvid.ray_backend.connection import ray_connection
 from bachvid.scheduling.publication import Publication
 
