@@ -1,97 +1,82 @@
-"""What a method is: three controls, one for each run that it has a hand in.
+"""What a method is: data that the plan reads without torch, and a control for each run.
 
-A method knows attention sites, tokens and prompt parts; no model, no worker.
+A method knows attention sites, tokens and segments of prompts; no model, no worker, no Ray.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from torch import Tensor
-
-from bachvid.attention.context import RunContext
 from bachvid.attention.control import AttentionControl
-from bachvid.inputs.config import MethodConfig
-from bachvid.kv.cache import IdentityCache, KVStore
-from bachvid.layout.gangs import Branch
-from bachvid.methods.ops.injection import InjectedTokens
-from bachvid.methods.ops.masks import ForegroundMask, MaskRecovery
-from bachvid.planning.resolve import read_steps, recorded_steps
-from bachvid.prompts.tokenizer import TokenizedPrompt
+from bachvid.layout.records import Records
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bachvid.attention.context import RunContext
+    from bachvid.kv.cache import MemoryPieces, PieceSink, SceneCache
+    from bachvid.methods.ops.injection import InjectedTokens
+    from bachvid.methods.ops.masks import ForegroundMask, MaskRecovery
+    from bachvid.prompts.tokenizer import TokenizedPrompt
+
+Role = Literal["identity", "frame"]
+Overlay = Literal["mask", "match"]
+
+
+class Read(NamedTuple):
+    """A step of a run, and the recorded step that it reads there: its own, or another one."""
+
+    step: int
+    source: int
 
 
 @dataclass(frozen=True, slots=True)
-class MethodSettings:
-    """A resolved `MethodConfig`: no None left, the branches by name."""
+class Run:
+    """One pass over one video.
 
-    vital_layers: tuple[int, ...]
-    mask_layers: tuple[int, ...]
-    match_layers: tuple[int, ...]
-    mask_step: int
-    inject_steps: tuple[int, int]  # [first, last)
-    reads: tuple[tuple[int, ...], ...]  # by each run of a frame video; the last is the main run
-    recorded_steps: tuple[int, ...]
-    branches: tuple[Branch, ...]
-    pre_pass_injection: Literal["background", "none"]
-    match_threshold: float
-    mask_softmax: Literal["joint", "text"]
-    match_within: Literal["video", "foreground"]
-    morphology: bool
-    on_empty_mask: Literal["adapt", "fail"]
+    steps: rising. From `noise` they begin with 0 and leave none out; a run that ends before the
+        last step of the schedule is thrown away, but for what its control saw.
+    start: `noise` is denoised; a `source` is replayed: a finished video, noised to each step.
+    reads: of what the identity of the scene recorded, in the order of reading.
+    records: the steps whose pieces go to the readers of the scene, of an identity.
+    keeps: pieces for later runs of the same video, in host memory.
+    """
 
-    @classmethod
-    def from_config(cls, config: MethodConfig) -> MethodSettings:
-        """Narrow a config that `resolve_config` has filled."""
-        assert config.vital_layers is not None
-        assert config.mask_layers is not None
-        assert config.match_layers is not None
-        assert config.mask_step is not None
-        assert config.inject_steps is not None
-        assert config.pre_pass_injection is not None
-        assert config.match_threshold is not None
-        assert config.mask_softmax is not None
-        assert config.match_within is not None
-        return cls(
-            vital_layers=config.vital_layers,
-            mask_layers=config.mask_layers,
-            match_layers=config.match_layers,
-            mask_step=config.mask_step,
-            inject_steps=config.inject_steps,
-            reads=read_steps(config),
-            recorded_steps=recorded_steps(config),
-            branches=("uncond", "cond") if config.branches == "both" else ("cond",),
-            pre_pass_injection=config.pre_pass_injection,
-            match_threshold=config.match_threshold,
-            mask_softmax=config.mask_softmax,
-            match_within=config.match_within,
-            morphology=config.morphology,
-            on_empty_mask=config.on_empty_mask,
-        )
+    steps: tuple[int, ...]
+    start: Literal["noise", "source"] = "noise"
+    reads: tuple[Read, ...] = ()
+    records: tuple[int, ...] = ()
+    keeps: Records = Records()
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The recorded steps that are read, in the order of reading."""
+        return tuple(read.source for read in self.reads)
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a run showed of its video at the mask step.
+    """What a run showed of its video.
 
-    `features` are the attention outputs [N, C] of each match layer, in host memory; `recoveries`
-    are those of all masks that the run used, in order.
+    `features` are attention outputs [N, C] of each match layer, of this rank's positions, in host
+    memory; `recoveries` are those of all masks that the run used, in order. A method that takes no
+    mask has no foreground.
     """
 
-    foreground: ForegroundMask
-    features: Mapping[int, Tensor]
-    recoveries: tuple[MaskRecovery, ...]
+    foreground: ForegroundMask | None = None
+    features: Mapping[int, Tensor] | None = None
+    recoveries: tuple[MaskRecovery, ...] = ()
 
 
-class MethodControl(AttentionControl, ABC):
-    """A control that can say, once its run is over, what it saw and injected."""
+class RunControl(AttentionControl):
+    """A control that can say what it saw and injected; this one saw nothing."""
 
     @property
-    @abstractmethod
-    def observation(self) -> Observation:
-        """What was seen of the video. Raises WorkerError before the mask step is over."""
+    def observation(self) -> Observation | None:
+        """What was seen of the video; None as long as that is not complete."""
+        return Observation()
 
     @property
     def injected(self) -> InjectedTokens | None:
@@ -99,51 +84,46 @@ class MethodControl(AttentionControl, ABC):
         return None
 
 
-class IdentityControl(MethodControl):
-    """The control of an identity video."""
+@dataclass(frozen=True, slots=True)
+class RunInputs:
+    """What the control of a run is given.
 
-    @abstractmethod
-    def cache(self, seed: int) -> IdentityCache:
-        """Return what was recorded. Raises WorkerError before the mask step is over."""
+    run: what the method said of it.
+    sink: takes what an identity records; `scene` is what a frame video reads. A run that neither
+        records nor reads has none.
+    kept: what earlier runs of this video kept, and where this one keeps.
+    earlier: what the earlier runs of this video saw, in their order.
+    """
+
+    run: Run
+    context: RunContext
+    prompt: TokenizedPrompt
+    kept: MemoryPieces
+    sink: PieceSink | None = None
+    scene: SceneCache | None = None
+    earlier: Sequence[Observation] = ()
 
 
 class Method(Protocol):
-    """What is done to the attention of identity and frame videos."""
+    """What is done to the attention of identity and frame videos: one object for a render.
+
+    Everything but `control` is data, and imports no torch.
+    """
 
     @property
-    def reads(self) -> tuple[tuple[int, ...], ...]:
-        """The steps whose identity keys and values each run of a frame video reads.
+    def records(self) -> Records:
+        """What the identity video of a scene leaves to its frame videos."""
 
-        All runs but the last, the main run, are pre-passes and end with the mask step.
-        """
+    @property
+    def shows(self) -> frozenset[Overlay]:
+        """The overlays that its frame videos have; an identity video has no match."""
 
-    def identity_control(
-        self, run: RunContext, prompt: TokenizedPrompt, store: KVStore, *, steps: Sequence[int]
-    ) -> IdentityControl:
-        """Observe an identity video, and record into `store` what it shows at `steps`."""
+    @property
+    def match_layers(self) -> tuple[int, ...]:
+        """The layers whose features a frame video needs of its identity; () if none."""
 
-    def pre_pass_control(
-        self,
-        run: RunContext,
-        prompt: TokenizedPrompt,
-        cache: IdentityCache | None,
-        observation: Observation | None = None,
-    ) -> MethodControl:
-        """Observe the first steps of a frame video, up to the mask step.
+    def runs(self, role: Role) -> tuple[Run, ...]:
+        """Return the runs of a video in this role, in order: the last one is the video."""
 
-        `cache` may be None where the pre-pass reads nothing; then it can overlap the identity
-        run. `observation` is that of the pre-pass before; None: this is the first.
-        Raises CacheMissError or LayoutError if the cache does not serve.
-        """
-
-    def frame_control(
-        self,
-        run: RunContext,
-        prompt: TokenizedPrompt,
-        cache: IdentityCache,
-        observation: Observation | None,
-    ) -> MethodControl:
-        """Render a frame video, given what its last pre-pass observed.
-
-        Raises CacheMissError or LayoutError if the cache does not serve.
-        """
+    def control(self, role: Role, number: int, given: RunInputs) -> RunControl:
+        """Return the control of run `number`. Raises CacheMissError or LayoutError."""
