@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bachvid.catalog.cogvideox_files import CogVideoXTransformerFile, CogVideoXVaeFile
 from bachvid.catalog.facts import ModelFacts
-from bachvid.catalog.profiles import DefaultFacts, cogvideox_profiles
+from bachvid.catalog.profiles import DefaultFacts, cogvideox_attention
 from bachvid.inputs.choices import Dtype
 
 
@@ -47,7 +47,7 @@ def _cogvideox_facts(
             dtype=dtype,
             noise="same",
         ),
-        profiles=cogvideox_profiles(transformer.num_layers),
+        attention=cogvideox_attention(transformer.num_layers),
     )
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from bachvid.catalog.families import FAMILIES, Family
-from bachvid.catalog.profiles import DefaultFacts, ProfileFacts
+from bachvid.catalog.profiles import AttentionFacts, DefaultFacts, share_done
 from bachvid.errors import ConfigError
 from bachvid.inputs.choices import SchedulerName
-from bachvid.inputs.config import VideoConfig
+from bachvid.inputs.sections import ResolvedVideo
 from bachvid.layout.gangs import Branch
 from bachvid.layout.tokens import TokenLayout
 
@@ -48,9 +48,10 @@ class ModelFacts:
     spatial_ratio: int  # pixels per latent, along height and width
     temporal_ratio: int  # pixel frames per latent frame, after the first
     defaults: DefaultFacts
-    profiles: Mapping[str, ProfileFacts]
+    attention: AttentionFacts
     max_grid: int | None = None  # tokens along each axis that there are positions for
     vocabulary: Vocabulary | None = None
+    flow_shift: float | None = None  # of the weights; None: not a flow model
 
     @property
     def schedulers(self) -> tuple[SchedulerName, ...]:
@@ -72,11 +73,13 @@ class ModelFacts:
         """Text tokens in the video's own attention; 0 where text has an attention of its own."""
         return self.text_tokens if FAMILIES[self.family].has_joint_text else 0
 
-    def layout(self, video: VideoConfig) -> TokenLayout:
-        """Return the token layout of a resolved config. Raises ConfigError for an illegal size."""
-        assert video.pixel_frames is not None
-        assert video.height is not None
-        assert video.width is not None
+    def step_at(self, level: float, num_steps: int) -> int:
+        """Return the step of a schedule that begins nearest to a noise level."""
+        done = level if self.flow_shift is None else share_done(level, self.flow_shift)
+        return round(done * num_steps)
+
+    def layout(self, video: ResolvedVideo) -> TokenLayout:
+        """Return the token layout of a video. Raises ConfigError for an illegal size."""
         grid = self.grid(video.pixel_frames, video.height, video.width)
         return TokenLayout(self.joint_text_tokens, *grid)
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.inputs.config import ModelConfig
+from bachvid.inputs.sections import ModelConfig
 from bachvid.inputs.strict_yaml import quote, read_text, validate
 
 FileT = TypeVar("FileT", bound="JsonFile")

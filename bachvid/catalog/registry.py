@@ -18,11 +18,11 @@ from bachvid.catalog.cogvideox_files import (
 from bachvid.catalog.facts import ModelFacts, Vocabulary
 from bachvid.catalog.families import FAMILIES
 from bachvid.catalog.files import JsonFile, ModelIndex, TextEncoderFile, download_json, read_json
-from bachvid.catalog.profiles import DefaultFacts, ProfileFacts
+from bachvid.catalog.profiles import AttentionFacts, DefaultFacts
 from bachvid.catalog.wan import _WAN_TRANSFORMERS, _wan_facts
 from bachvid.catalog.wan_files import WanTransformerFile, WanVaeFile, check_wan
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.inputs.config import ModelConfig
+from bachvid.inputs.sections import ModelConfig
 from bachvid.inputs.strict_yaml import did_you_mean, quote
 
 STORYBOOK_ID = "storybook"
@@ -91,7 +91,7 @@ class _StorybookFile(JsonFile):
     text_tokens: int | None = Field(None, ge=1)  # only where no file of diffusers says it
     vocabulary: Vocabulary | None = None
     defaults: DefaultFacts
-    profiles: Mapping[str, ProfileFacts]
+    attention: AttentionFacts
 
 
 def _with_own_facts(facts: ModelFacts, path: Path) -> ModelFacts:
@@ -108,7 +108,7 @@ def _with_own_facts(facts: ModelFacts, path: Path) -> ModelFacts:
         facts,
         text_tokens=own.text_tokens or facts.text_tokens,
         defaults=own.defaults,
-        profiles=own.profiles,
+        attention=own.attention,
         vocabulary=own.vocabulary,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bachvid.catalog.facts import ModelFacts
-from bachvid.catalog.profiles import DefaultFacts, wan_profiles
+from bachvid.catalog.profiles import DefaultFacts, wan_attention
 from bachvid.catalog.wan_files import WanTransformerFile, WanVaeFile
 from bachvid.inputs.choices import Dtype
 
@@ -46,7 +46,8 @@ def _wan_facts(
             dtype=dtype,
             noise="same",
         ),
-        profiles=wan_profiles(transformer.num_layers),
+        attention=wan_attention(transformer.num_layers, 3.0),
+        flow_shift=3.0,
         max_grid=transformer.rope_max_seq_len,
     )
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from bachvid import __version__
 from bachvid.catalog.registry import EMBEDDED, load_facts
 from bachvid.errors import BachvidError, WorkerError
-from bachvid.inputs.config import ModelConfig, RenderConfig
+from bachvid.inputs.sections import ModelConfig
+from bachvid.planning.config import RenderConfig
 from bachvid.inputs.story import Action, Scene, Story
 from bachvid.units import format_bytes
 

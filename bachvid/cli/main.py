@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from bachvid.driver.renderer import StoryRenderer
-    from bachvid.inputs.config import RenderConfig
+    from bachvid.planning.config import RenderConfig
     from bachvid.inputs.story import Story
 
 _TABLE_WIDTH = 120
@@ -89,7 +89,7 @@ def render(
     verbose: bool,
 ) -> None:
     """Render STORY, or what is missing of it, into a run directory."""
-    from bachvid.inputs.config import RenderConfig
+    from bachvid.planning.config import RenderConfig
     from bachvid.inputs.story import Story
 
     _configure_logging(verbose=verbose)
@@ -117,7 +117,7 @@ def plan(
     """
     import json
 
-    from bachvid.inputs.config import RenderConfig
+    from bachvid.planning.config import RenderConfig
     from bachvid.inputs.story import Story
     from bachvid.planning.plan import render_plan
     from bachvid.planning.text import plan_json, plan_text
@@ -181,18 +181,18 @@ def _render(
     from bachvid.driver.renderer import StoryRenderer
     from bachvid.planning.plan import render_plan
 
-    plan = render_plan(story, config, source=source, download=True)
-    num_videos = sum(len(scene.videos) for scene in plan.scenes)
     done, failed = 0, 0
     with (
         StoryRenderer(config, out, address=address) as renderer,
         _cancelled_by_signals(renderer) as signals,
-        open_progress(plan) as progress,
     ):
-        for event in renderer.stream(story, source=source):
-            progress.show(event)
-            done += isinstance(event, Done)
-            failed += isinstance(event, Failed)
+        plan = renderer.plan(story, source=source)
+        with open_progress(plan) as progress:
+            for event in renderer.stream(plan):
+                progress.show(event)
+                done += isinstance(event, Done)
+                failed += isinstance(event, Failed)
+    num_videos = sum(len(scene.videos) for scene in plan.scenes)
     click.echo(f"{done} of {num_videos} videos in {out}", err=True)
     if signals:
         click.echo("Cancelled; render again to go on.", err=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     pass
 
-from bachvid.engine.steps import Phase
+from bachvid.engine.results import Phase
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ from bachvid.driver.events import (
     Queued,
 )
 from bachvid.driver.local_pool import LocalPool
-from bachvid.engine.arrays import Frames
-from bachvid.engine.steps import RunStep
+from bachvid.engine.results import Frames
+from bachvid.engine.results import RunStep
 from bachvid.errors import WorkerError
 from bachvid.output.files import (
     IdentityPicture,
@@ -41,7 +41,6 @@ from bachvid.output.journal import VideoRecord
 from bachvid.output.run_directory import RunDirectory
 from bachvid.output.sheets import sheet_tiles
 from bachvid.planning.plan import RenderPlan, ScenePlan, VideoPlan
-from bachvid.planning.resolve import read_steps
 from bachvid.scheduling.pool import (
     Broken,
     CacheLost,
@@ -54,7 +53,6 @@ from bachvid.scheduling.pool import (
     Stepped,
     WorkerLost,
 )
-from bachvid.scheduling.publication import Publication
 from bachvid.scheduling.schedule import SceneWork, Schedule
 
 logger = logging.getLogger(__name__)
@@ -71,9 +69,6 @@ class Rendering:
         here = LocalPool(plan)
         self._pool: Pool = here
         self._schedule = self._new_schedule(here)
-        reads = read_steps(plan.config.method)
-        self._runs = len(reads)
-        self._identity_runs = len(Publication[str, str](reads, window=plan.window).records)
         self._early: dict[str, list[Finished]] = {}  # frame videos that wait for theirs
         self._tiles: dict[str, dict[str, Frames]] = {}
         self._lost: set[str] = set()  # scenes that lost a worker or their cache
@@ -247,17 +242,16 @@ class Rendering:
 
     def _step_event(self, job: Job, done: RunStep) -> Event:
         """Count steps over all runs of a phase, as a caller sees them."""
-        scene, num_steps = job.scene.scene.id, self._plan.config.sampling.num_steps
-        mask_step = self._plan.config.method.mask_step
-        assert num_steps is not None
-        assert mask_step is not None
-        step = done.run * (mask_step + 1) + done.step  # all runs but the last end with this step
-        before = (mask_step + 1) * ((self._identity_runs if job.is_identity else self._runs) - 1)
+        scene, video = job.scene.scene.id, job.video.id
+        runs = self._plan.runs(video)
+        lengths = [len(run.steps) for run in runs]
+        step = sum(lengths[: done.run]) + runs[done.run].steps.index(done.step)
         if job.is_identity:
-            return IdentityStep(scene, step, before + num_steps)
+            return IdentityStep(scene, step, sum(lengths))
+        before = sum(lengths[:-1])
         if step < before:
-            return FrameStep(scene, job.video.id, "pre_pass", step, before)
-        return FrameStep(scene, job.video.id, "main_run", step - before, num_steps)
+            return FrameStep(scene, video, "pre_pass", step, before)
+        return FrameStep(scene, video, "main_run", step - before, lengths[-1])
 
     def _keep(self, finished: Finished, identity: IdentityPicture) -> None:
         """Write a video's missing files and journal it. Raises WorkerError if it is another."""
@@ -299,7 +293,7 @@ class Rendering:
                 frames_sha256=rendered.frames_sha256,
                 files=digests,
                 seconds={**rendered.seconds, "write": round(time.perf_counter() - start, 3)},
-                cache_bytes=rendered.cache_bytes,
+                cache_bytes=self._plan.cache_bytes,
                 recoveries=rendered.recoveries,
                 made_with=finished.made_with,
             )

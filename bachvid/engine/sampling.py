@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bachvid.attention.context import RunContext
 from bachvid.attention.control import AttentionControl
-from bachvid.inputs.config import SamplingConfig
+from bachvid.inputs.sections import SamplingConfig
 from bachvid.layout.gangs import BRANCHES, Branch, cut_passes
 from bachvid.models.base import VideoModel, attention_control
 from bachvid.models.solvers import _build_solver

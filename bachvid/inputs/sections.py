@@ -125,3 +125,9 @@ class ParallelConfig(Section):
     identity_gpus: Count = 1  # of an identity video
     gpus_per_frame_actor: Count = 1
     cfg: Literal[1, 2] = 1  # 2: half of them compute the unconditional branch, half the other
+
+
+def resolved_section(section: Section, resolved: type[SectionT], **defaults: object) -> SectionT:
+    """Return a section with `defaults` in place of None, as its resolved class."""
+    written = {key: value for key, value in section if value is not None}
+    return resolved(**{**defaults, **written})

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bachvid.catalog.registry import EMBEDDED
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import RenderConfig
+from bachvid.planning.config import RenderConfig
 from bachvid.inputs.story import IDENTITY_ID, Scene, Story
 from bachvid.metrics.attributes import attribute_agreement
 from bachvid.metrics.cost import cost

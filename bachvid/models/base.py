@@ -23,7 +23,7 @@ from bachvid.attention.groups import SequenceGroup
 from bachvid.attention.rotary import Rotary
 from bachvid.catalog.facts import ModelFacts
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import ModelConfig, VideoConfig
+from bachvid.inputs.sections import ModelConfig, VideoConfig
 from bachvid.layout.tokens import TokenLayout
 from bachvid.prompts.compose import Prompt
 

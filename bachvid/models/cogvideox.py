@@ -30,7 +30,7 @@ from bachvid.attention.control import QKV, AttentionControl
 from bachvid.attention.groups import ALONE, SequenceGroup
 from bachvid.attention.rotary import Rotary
 from bachvid.catalog.facts import ModelFacts
-from bachvid.inputs.config import ModelConfig, VideoConfig
+from bachvid.inputs.sections import ModelConfig, VideoConfig
 from bachvid.layout.tokens import TokenLayout
 from bachvid.models.base import Scheduler, shard_tokens
 from bachvid.models.loading import PartLoader, TextEncoder, encode_each, to_frames

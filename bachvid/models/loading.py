@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from bachvid.catalog.facts import ModelFacts
 from bachvid.catalog.registry import EMBEDDED
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.inputs.config import ModelConfig
+from bachvid.inputs.sections import ModelConfig
 from bachvid.models.base import choose_device, choose_dtype, load_component
 from bachvid.prompts.compose import Prompt
 from bachvid.prompts.tokenizer import PromptTokenizer

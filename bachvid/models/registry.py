@@ -7,7 +7,7 @@ from collections.abc import Callable
 from bachvid.attention.groups import ALONE, SequenceGroup
 from bachvid.catalog.facts import ModelFacts
 from bachvid.errors import ModelSupportError
-from bachvid.inputs.config import ModelConfig
+from bachvid.inputs.sections import ModelConfig
 from bachvid.models.base import VideoModel
 
 

@@ -12,7 +12,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from bachvid.inputs.config import SamplingConfig
+from bachvid.inputs.sections import SamplingConfig
 from bachvid.models.base import Scheduler, VideoModel
 
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from bachvid import __version__
 from bachvid.atomic import write_atomically
-from bachvid.engine.arrays import Foreground, Frames
-from bachvid.inputs.config import RenderConfig
+from bachvid.engine.results import Foreground, Frames
+from bachvid.planning.config import RenderConfig
 from bachvid.inputs.story import IDENTITY_ID
 from bachvid.output.journal import RunHeader
 from bachvid.output.mp4 import read_metadata, read_mp4, write_mp4

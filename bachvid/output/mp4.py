@@ -14,7 +14,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
-from bachvid.engine.arrays import Frames
+from bachvid.engine.results import Frames
 from bachvid.errors import LayoutError
 from bachvid.output.pixels import _to_pixels
 

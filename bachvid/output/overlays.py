@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bachvid.engine.arrays import Foreground, Frames
+from bachvid.engine.results import Foreground, Frames
 from bachvid.errors import LayoutError
 from bachvid.output.pixels import _to_pixels, enlarge, enlargement
 from bachvid.output.sheets import _TILE_HEIGHT, SheetRow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bachvid.engine.arrays import Frames
+from bachvid.engine.results import Frames
 
 
 def enlargement(height: int, width: int, min_height: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bachvid.engine.arrays import Frames
+from bachvid.engine.results import Frames
 from bachvid.output.pixels import enlarge
 
 _PAPER = (250, 249, 246)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bachvid.catalog.facts import ModelFacts
 from bachvid.catalog.families import Family
 from bachvid.catalog.files import PartSize, read_part_sizes
 from bachvid.inputs.choices import DTYPE_BYTES, Dtype, Offload
-from bachvid.inputs.config import MethodConfig, RenderConfig
 from bachvid.layout.gangs import Gang
 from bachvid.layout.tokens import TokenLayout
+from bachvid.methods.base import Matching, Method
+from bachvid.planning.config import ResolvedConfig
 
 # What of the tokens is character while tokens are matched: the most in the paper's stories.
 _CHARACTER_SHARE = 0.3
@@ -83,29 +84,35 @@ class PlannedMemory:
 
 
 def plan_memory(
-    config: RenderConfig, facts: ModelFacts, *, identity: Gang, frame: Gang
+    config: ResolvedConfig,
+    facts: ModelFacts,
+    method: Method[Any],
+    *,
+    identity: Gang,
+    frame: Gang,
 ) -> PlannedMemory:
-    """Count for a render whose videos are rendered by these gangs; `config` is resolved."""
-    memory = rank_memory(config, facts, frame, injects=True)
+    """Count for a render whose videos are rendered by these gangs."""
+    memory = rank_memory(config, facts, method, frame, renders_frames=True)
     if identity == frame:
         return PlannedMemory(memory, memory)
-    return PlannedMemory(rank_memory(config, facts, identity, injects=False), memory)
+    return PlannedMemory(rank_memory(config, facts, method, identity, renders_frames=False), memory)
 
 
 def rank_memory(
-    config: RenderConfig, facts: ModelFacts, gang: Gang, *, injects: bool
+    config: ResolvedConfig,
+    facts: ModelFacts,
+    method: Method[Any],
+    gang: Gang,
+    *,
+    renders_frames: bool,
 ) -> RankMemory:
-    """Count what a rank of `gang` needs; `config` is resolved.
-
-    With `injects` it renders frame videos, and perhaps identity videos too; else only the latter.
-    """
-    assert config.model.dtype is not None
-    injects = injects and config.method.name != "none"
-    sizes = _Sizes.of(config, facts, gang)
+    """Count what a rank of `gang` needs: with `renders_frames` for both roles, else for identities."""
+    injects = renders_frames and any(run.reads for run in method.runs("frame"))
+    sizes = _Sizes.of(config, facts, method, gang)
     return RankMemory(
         weights=weight_bytes(facts, config.model.dtype),
         forward=_forward_bytes(sizes, facts, injects=injects),
-        matching=_matching_bytes(sizes, config.method) if injects else 0,
+        matching=_matching_bytes(sizes, method.matching) if injects and method.matching else 0,
         decode=_decode_bytes(config, facts),
     )
 
@@ -184,9 +191,9 @@ class _Sizes:
     has_rope: bool
 
     @classmethod
-    def of(cls, config: RenderConfig, facts: ModelFacts, gang: Gang) -> _Sizes:
-        assert config.model.dtype is not None
-        assert config.sampling.guidance_scale is not None
+    def of(
+        cls, config: ResolvedConfig, facts: ModelFacts, method: Method[Any], gang: Gang
+    ) -> _Sizes:
         width = DTYPE_BYTES[config.model.dtype]
         is_whole = config.sampling.guidance_scale > 1 and gang.cfg == 1
         batch = max(len(branches) for branches in facts.passes) if is_whole else 1
@@ -195,7 +202,7 @@ class _Sizes:
             ranks=gang.sequence,
             width=width,
             batch=batch,
-            injected=batch if config.method.branches == "both" else 1,
+            injected=min(batch, max(len(method.records.branches), 1)),
             row=facts.num_heads * facts.head_dim * width,
             inner_row=facts.ffn_dim * width,
             has_rope=facts.has_rope,
@@ -291,7 +298,7 @@ def _attention_bytes(sizes: _Sizes, *, injects: bool) -> int:
     return own + max(places)
 
 
-def _matching_bytes(sizes: _Sizes, method: MethodConfig) -> int:
+def _matching_bytes(sizes: _Sizes, matching: Matching) -> int:
     """Bytes of `match_tokens` at its peak.
 
     All layers of the frame video's character, one layer
@@ -300,11 +307,10 @@ def _matching_bytes(sizes: _Sizes, method: MethodConfig) -> int:
     Within the foreground the character's features are there in fp32 too, and of the identity
     video only its character.
     """
-    assert method.match_layers is not None
     layout, wide = sizes.layout, 4 / sizes.width
-    is_foreground = method.match_within == "foreground"
+    is_foreground = matching.within == "foreground"
     own_character = _CHARACTER_SHARE * layout.rank_tokens(sizes.ranks) * sizes.row
-    frame = len(method.match_layers) * own_character * (1 + wide * is_foreground)
+    frame = len(matching.layers) * own_character * (1 + wide * is_foreground)
     rows = layout.video_tokens * (_CHARACTER_SHARE if is_foreground else 1)
     identity = rows * sizes.row * (1 + 2 * wide)
     return int(frame + identity + 3 * 4 * _MATCH_CHUNK * rows)
@@ -335,13 +341,9 @@ DECODERS: Mapping[Family, _Decoder] = {
 }
 
 
-def _decode_bytes(config: RenderConfig, facts: ModelFacts) -> int:
+def _decode_bytes(config: ResolvedConfig, facts: ModelFacts) -> int:
     """Bytes of a decode at its peak: in the last tile, or when tiles become frames."""
     video, decoder = config.video, DECODERS[facts.family]
-    assert video.pixel_frames is not None
-    assert video.height is not None
-    assert video.width is not None
-    assert config.model.dtype is not None
     width = 4 if facts.family == "wan" else DTYPE_BYTES[config.model.dtype]
     values = decoder.values * facts.vae_channels // decoder.channels
     frames = 3 * video.pixel_frames * video.height * video.width

@@ -8,12 +8,10 @@ from dataclasses import asdict
 from pydantic import JsonValue
 
 from bachvid.inputs.choices import Offload
-from bachvid.inputs.config import MethodConfig
 from bachvid.layout.gangs import Gang
 from bachvid.planning.memory import PlannedMemory, RankMemory
 from bachvid.planning.placement import ExecutionPlan
 from bachvid.planning.plan import RenderPlan, ScenePlan, VideoPlan
-from bachvid.planning.resolve import config_hash
 from bachvid.prompts.compose import PromptPart
 from bachvid.units import format_bytes, pluralize
 
@@ -23,7 +21,7 @@ OFFLOADS: tuple[Offload, ...] = ("none", "model")
 def plan_text(plan: RenderPlan) -> str:
     """Return the plan as `bachvid plan` prints it."""
     config, layout = plan.config, plan.layout
-    method, sampling, video = config.method, config.sampling, config.video
+    sampling, video = config.sampling, config.video
     grid = " x ".join(map(str, layout.grid))
     num_scenes, num_videos = len(plan.scenes), sum(len(scene.videos) for scene in plan.scenes)
     scenes = "1 scene" if num_scenes == 1 else f"{num_scenes} scenes"
@@ -41,12 +39,12 @@ def plan_text(plan: RenderPlan) -> str:
         f"{config.output.fps} fps: {grid} = {layout.video_tokens} tokens",
         f"sampling  {sampling.num_steps} steps of {sampling.scheduler}, guidance "
         f"{sampling.guidance_scale:g}, noise {sampling.noise}",
-        *_method_lines(method),
+        *(f"{label:<10}{text}" for label, text in plan.method_lines.items()),
         *_memory_lines(plan.memory, config.model.offload),
         f"cache     {format_bytes(plan.cache_bytes)} of keys and values for one scene",
         *(_execution_lines(plan.execution) if plan.execution else []),
         f"time      {_time_text(plan)}, {plan.num_forwards} passes through the transformer",
-        f"config    {config_hash(config)[:12]}",
+        f"config    {config.sha256[:12]}",
         *(f"note      {note}" for note in plan.notes),
     ]
     return "\n".join(lines)
@@ -71,7 +69,7 @@ def plan_json(plan: RenderPlan) -> dict[str, JsonValue]:
             "video_tokens": plan.layout.video_tokens,
         },
         "config": plan.config.model_dump(mode="json"),
-        "config_hash": config_hash(plan.config),
+        "config_hash": plan.config.sha256,
         "cache_bytes": plan.cache_bytes,
         "memory": {
             "identity": _memory_json(plan.memory.identity),
@@ -82,28 +80,6 @@ def plan_json(plan: RenderPlan) -> dict[str, JsonValue]:
         "execution": asdict(plan.execution) if plan.execution else None,
         "notes": list(plan.notes),
     }
-
-
-def _method_lines(method: MethodConfig) -> list[str]:
-    if method.name == "none":
-        return ["method    none: every video on its own"]
-    assert method.vital_layers is not None
-    assert method.inject_steps is not None
-    first, last = method.inject_steps
-    return [
-        f"method    {method.name}, profile {method.profile}: {method.branches} branches, steps "
-        f"{first} to {last - 1}, mask at step {method.mask_step}",
-        f"pre-pass  {_pre_pass_text(method)}",
-        f"layers    {', '.join(map(str, method.vital_layers))}",
-    ]
-
-
-def _pre_pass_text(method: MethodConfig) -> str:
-    assert method.pre_passes is not None
-    first = "injects the background" if method.pre_pass_injection == "background" else "plain"
-    return (
-        first if method.pre_passes == 1 else f"{first}, then {method.pre_passes - 1} with injection"
-    )
 
 
 def _memory_lines(memory: PlannedMemory, offload: Offload) -> list[str]:

@@ -1,21 +1,21 @@
-"""A story in the words that a model takes, and those of them that make its masks. No torch."""
+"""Adapts a story's text to a model, and picks the words its masks use. No torch."""
 
 from __future__ import annotations
 
 from bachvid.catalog.facts import Vocabulary
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import MethodConfig
+from bachvid.inputs.choices import MaskWords
 from bachvid.inputs.story import Scene, Story
 from bachvid.inputs.words import Range, clean_text
 from bachvid.prompts.compose import PARTS, PromptPart, noun_ranges, vocabulary_phrase
 
 
-def mask_words(scene: Scene, method: MethodConfig) -> dict[PromptPart, tuple[Range, ...]]:
-    """Return the words that stand for background and character in masks; {}: all of them.
+def words_of_masks(scene: Scene, choice: MaskWords) -> dict[PromptPart, tuple[Range, ...]]:
+    """Return the words that stand for each segment in masks; an empty dict means every word.
 
     Ranges are within the part. Raises ConfigError, one line per part, if a part has no such word.
     """
-    if method.name == "none" or method.mask_words == "all":
+    if choice == "all":
         return {}
     phrases: dict[PromptPart, tuple[str, tuple[str, ...] | None]] = {
         "background": (scene.background, scene.nouns.background),

@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from bachvid.catalog.registry import load_facts
-from bachvid.engine.steps import PreviewFrames, RunStep
+from bachvid.engine.results import PreviewFrames, RunStep
 from bachvid.errors import CorruptShardError, LostShardError, WorkerError
 from bachvid.inputs.config import RenderConfig
 from bachvid.layout.gangs import Gang

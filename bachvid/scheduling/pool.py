@@ -12,14 +12,14 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from bachvid.engine.steps import PreviewFrames, RunStep
+from bachvid.engine.results import PreviewFrames, RunStep
 from bachvid.inputs.story import IDENTITY_ID
 from bachvid.planning.plan import ScenePlan, VideoPlan
 from bachvid.prompts.compose import Prompt
 from bachvid.scheduling.schedule import Slot
 
 if TYPE_CHECKING:
-    from bachvid.engine.arrays import Frames
+    from bachvid.engine.results import Frames
     from bachvid.engine.results import RenderedVideo
     from bachvid.kv.cache import IdentityCache
 

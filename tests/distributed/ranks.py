@@ -21,7 +21,7 @@ from bachvid.attention.groups import ALONE, SequenceGroup
 from bachvid.attention.parallel import join_group
 from bachvid.engine.results import RenderedVideo
 from bachvid.engine.sampling import denoise
-from bachvid.engine.steps import PreviewFrames
+from bachvid.engine.results import PreviewFrames
 from bachvid.engine.videos import FrameVideoActor, IdentityVideoActor
 from bachvid.engine.worker import ModelWorker
 from bachvid.inputs.config import RenderConfig

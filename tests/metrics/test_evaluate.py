@@ -14,7 +14,7 @@ from pyarrow import parquet
 from rich.console import Console
 
 from bachvid.atomic import write_atomically
-from bachvid.engine.arrays import Frames
+from bachvid.engine.results import Frames
 from bachvid.errors import ConfigError
 from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bachvid.engine.steps import RunStep
+from bachvid.engine.results import RunStep
 from bachvid.scheduling.publication import Publication
 
 READS = ((), (0, 1), (0, 1, 2, 3))  # a plain pre-pass, one that injects, the main run

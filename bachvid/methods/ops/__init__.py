@@ -1,1 +1,1 @@
-"""Room."""
+"""Pure functions on tensors that methods are made of."""
