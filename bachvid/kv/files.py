@@ -51,7 +51,9 @@ class FilePieces:
 
         Raises WorkerError if the directory cannot be written.
         """
-        assert shard.pieces.keys() == set(self._records.kinds(shard.site)), "other kinds than recorded"
+        assert shard.pieces.keys() == set(self._records.kinds(shard.site)), (
+            "other kinds than recorded"
+        )
         self._pending[shard.site] = shard
         step = shard.site.step
         sites = self._records.sites(step)

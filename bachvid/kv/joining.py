@@ -48,7 +48,7 @@ class BlockLayout:
 
     @classmethod
     def of(cls, header: StepHeader) -> BlockLayout:
-        """Return the layout that a header tells."""
+        """Return the layout of the block with this header."""
         batch, num_rows, _, head_dim = header.shape
         dtype = getattr(torch, header.dtype)
         return cls(dtype, batch, num_rows, head_dim, header.rows_checksum)
@@ -111,8 +111,10 @@ class BlockJoiner:
 
     def new_slot(self, num_pieces: int) -> Tensor:
         """Return room for `num_pieces` pieces, once blocks were checked."""
+        assert self._layout is not None, "check the blocks before"
+        size = piece_bytes(self._layout.dtype, self._layout.shape(self._share.num_heads))
         return torch.empty(
-            num_pieces, self._piece_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()
+            num_pieces, size, dtype=torch.uint8, pin_memory=torch.cuda.is_available()
         )
 
     def stage(
@@ -129,11 +131,6 @@ class BlockJoiner:
                 if not _copy_heads(packed, piece, self._share, target, staged):
                     damaged = piece[0]
         return staged, damaged
-
-    @property
-    def _piece_bytes(self) -> int:
-        assert self._layout is not None, "check the blocks before"
-        return piece_bytes(self._layout.dtype, self._layout.shape(self._share.num_heads))
 
     def _check_header(self, step: int, header: StepHeader) -> None:
         if (header.step, header.config_hash) != (step, self._config_hash):
