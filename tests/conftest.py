@@ -29,7 +29,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from bachvid.catalog.profiles import wan_profiles
+from bachvid.catalog.profiles import wan_attention
 
 TEXT_TOKENS = 16
 PIXEL_FRAMES, HEIGHT, WIDTH = 5, 32, 48
@@ -124,9 +124,7 @@ def save_tiny_wan(folder: Path) -> Path:
             "dtype": "float32",
             "noise": "same",
         },
-        "profiles": {
-            name: profile.model_dump(mode="json") for name, profile in wan_profiles(3).items()
-        },
+        "attention": wan_attention(3, flow_shift=3.0).model_dump(mode="json"),
     }
     (folder / "storybook.json").write_text(json.dumps(own))
     return folder
