@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -32,8 +33,9 @@ from bachvid.scheduling.pool import (
     Previewed,
     Recorded,
     Stepped,
-    logger,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class LocalPool:
@@ -64,7 +66,7 @@ class LocalPool:
             return False
         return True
 
-    def encode(self, prompts: Sequence[Prompt]) -> None:
+    def encode(self, prompts: Sequence[Prompt]) -> Sequence[Message]:
         """Load the model and the embeddings of `prompts`. Raises as `load_model` does."""
         from bachvid.engine.worker import ModelWorker
 
@@ -77,6 +79,7 @@ class LocalPool:
             self._worker.made_with["device"],
             time.perf_counter() - start,
         )
+        return []
 
     @property
     def idle(self) -> Sequence[Slot]:
