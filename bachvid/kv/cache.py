@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from bachvid.errors import CacheMissError, LayoutError
@@ -33,6 +34,18 @@ class Shard:
     def nbytes(self) -> int:
         """Bytes of all pieces."""
         return sum(piece.nbytes for piece in self.pieces.values())
+
+
+def format_site(site: AttentionSite) -> str:
+    """Return a site as messages name it."""
+    return f"step {site.step}, layer {site.layer}, branch {site.branch}"
+
+
+def have_same_rows(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether two `positions_M` are the same row set; None is the set of all rows."""
+    if first is None or second is None:
+        return first is second
+    return first is second or torch.equal(first, second)
 
 
 class PieceSink(Protocol):
@@ -68,7 +81,8 @@ class MemoryPieces:
     def put(self, shard: Shard) -> None:
         """Keep a shard and own its tensors; one of the same site is replaced."""
         pieces = {kind: piece.cpu() for kind, piece in shard.pieces.items()}
-        self._shards[shard.site] = Shard(shard.site, pieces, shard.positions_M)
+        positions_M = None if shard.positions_M is None else shard.positions_M.cpu()
+        self._shards[shard.site] = Shard(shard.site, pieces, positions_M)
 
     def begin(self, steps: Sequence[int]) -> None:
         """Do nothing: every shard is here already."""
@@ -79,8 +93,8 @@ class MemoryPieces:
             return self._shards[site]
         except KeyError:
             raise CacheMissError(
-                f"nothing was recorded at step {site.step}, layer {site.layer}, branch "
-                f"{site.branch}: there are {self._inventory()}; {SAME_CONFIG}"
+                f"nothing was recorded at {format_site(site)}: there are {self._inventory()}; "
+                f"{SAME_CONFIG}"
             ) from None
 
     @property
@@ -148,8 +162,7 @@ class IdentityManifest:
         if lost:
             site, kind = min(lost)
             raise CacheMissError(
-                f"the identity cache lacks the {kind} of step {site.step}, layer {site.layer}, "
-                f"branch {site.branch}; {SAME_CONFIG}"
+                f"the identity cache lacks the {kind} of {format_site(site)}; {SAME_CONFIG}"
             )
         if config_hash != self.config_hash:
             raise CacheMissError(

@@ -47,17 +47,17 @@ class Records:
     @property
     def steps(self) -> tuple[int, ...]:
         """Steps of which anything is recorded."""
-        return _rising(step for part in self.sets for step in part.steps)
+        return _rising(step for part in self._parts for step in part.steps)
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers of which anything is recorded."""
-        return _rising(layer for part in self.sets for layer in part.layers)
+        return _rising(layer for part in self._parts for layer in part.layers)
 
     @property
     def branches(self) -> tuple[Branch, ...]:
         """Branches of which anything is recorded."""
-        found = {branch for part in self.sets for branch in part.branches}
+        found = {branch for part in self._parts for branch in part.branches}
         return tuple(branch for branch in BRANCHES if branch in found)
 
     def kinds(self, site: AttentionSite) -> tuple[Kind, ...]:
@@ -92,6 +92,15 @@ class Records:
     def num_pieces(self) -> int:
         """Pieces of all steps, layers and branches."""
         return sum(len(self.pieces(step)) for step in self.steps)
+
+    @property
+    def _parts(self) -> tuple[RecordSet, ...]:
+        """The sets that are not empty."""
+        return tuple(
+            part
+            for part in self.sets
+            if part.kinds and part.layers and part.steps and part.branches
+        )
 
 
 def _rising(numbers: Iterable[int]) -> tuple[int, ...]:
