@@ -1,1 +1,1 @@
-"""Room."""
+"""The seam between methods and models: attention that a control may watch and change."""

@@ -1,24 +1,19 @@
-"""What a rank of a gang does in the tests, and how gangs of processes are started."""
+"""What a rank of a gang renders in the tests."""
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
+from gangs import name_of
 from numpy.typing import NDArray
 
 from bachvid.attention.control import AttentionControl
-from bachvid.attention.groups import ALONE, SequenceGroup
-from bachvid.attention.parallel import join_group
+from bachvid.attention.groups import SequenceGroup
 from bachvid.engine.results import RenderedVideo
 from bachvid.engine.sampling import denoise
 from bachvid.engine.results import PreviewFrames
@@ -71,8 +66,11 @@ class Shown:
     made_with: Mapping[str, str]
 
 
-def name_of(gang: Gang) -> str:
-    return f"{gang.sequence}x{gang.cfg}"
+Job = tuple[Sequence[str], Path, Sequence[str]]  # overrides, folder and reads of `show`
+
+
+def show_all(group: SequenceGroup, gang: Gang, jobs: Sequence[Job]) -> list[Shown]:
+    return [show(group, gang, *job) for job in jobs]
 
 
 def show(
@@ -170,54 +168,3 @@ def frame(worker: ModelWorker, plan: RenderPlan, path: Path) -> RenderedVideo | 
         return rendered
     finally:
         store.close()
-
-
-@contextmanager
-def joined(gang: Gang, rank: int, meeting: Path) -> Iterator[SequenceGroup]:
-    if gang.size == 1:
-        yield ALONE
-        return
-    group = join_group(gang, rank, device=torch.device("cpu"), init_file=meeting)
-    yield group
-    group.close()
-
-
-def work(gang: Gang, rank: int, meeting: Path, answer: Connection, jobs: Sequence[object]) -> None:
-    """Answer with what `show` gives for each of the jobs, or with what went wrong."""
-    torch.set_num_threads(1)
-    try:
-        with joined(gang, rank, meeting) as group:
-            answer.send_bytes(pickle.dumps([show(group, gang, *job) for job in jobs]))
-    except BaseException:
-        answer.send_bytes(pickle.dumps(traceback.format_exc()))
-        raise
-
-
-def run_gang(gang: Gang, folder: Path, jobs: Sequence[object]) -> list[list[Shown]]:
-    """Run the jobs in one process for each rank; give the answers of each."""
-    # One process imports the libraries, the ranks are forks of it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["bachvid.engine.worker", "bachvid.models.cogvideox", "bachvid.models.wan"]
-    )
-    pipes, processes = [], []
-    for rank in range(gang.size):
-        ours, theirs = context.Pipe(duplex=False)
-        meeting = folder / f"meeting-{name_of(gang)}"
-        process = context.Process(target=work, args=(gang, rank, meeting, theirs, jobs))
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
-    try:
-        answers = []
-        for ours in pipes:
-            assert ours.poll(120), "a rank does not answer"
-            answers.append(pickle.loads(ours.recv_bytes()))  # torch would send file handles
-    finally:
-        for process in processes:
-            process.join(5)
-            process.kill()
-    errors = [answer for answer in answers if isinstance(answer, str)]
-    assert not errors, "\n".join(errors)
-    return answers

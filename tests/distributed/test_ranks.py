@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from ranks import Shown, name_of, run_gang, show
+from gangs import name_of, run_gang
+from ranks import Shown, show_all
 
 from bachvid.attention.groups import ALONE
 from bachvid.layout.gangs import Gang
@@ -72,12 +74,13 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     by_gang = {}
     for gang, reads in READS.items():
         whole = [(*job, reads) for job in jobs]
-        alone = gang.size == 1
         by_gang[name_of(gang)] = (
-            [[show(ALONE, gang, *job) for job in whole]] if alone else run_gang(gang, root, whole)
+            [show_all(ALONE, gang, whole)]
+            if gang.size == 1
+            else run_gang(gang, root, partial(show_all, gang=gang, jobs=whole))
         )
     # One process reads last of all, from other gangs.
-    by_gang["last"] = [[show(ALONE, Gang(), *job, ["2x1", "2x2"]) for job in jobs]]
+    by_gang["last"] = [show_all(ALONE, Gang(), [(*job, ["2x1", "2x2"]) for job in jobs])]
     return {
         model: {name: [rank[i] for rank in ranks] for name, ranks in by_gang.items()}
         for i, model in enumerate(MODELS)
@@ -85,7 +88,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(params=MODELS)
-def quote(request: pytest.FixtureRequest, results: Results) -> Mapping[str, list[Shown]]:
+def shown(request: pytest.FixtureRequest, results: Results) -> Mapping[str, list[Shown]]:
     return results[request.param]
 
 
