@@ -1,1 +1,1 @@
-"""Room."""
+"""What models are: their sizes, layouts and defaults, by family, read without any weight."""

@@ -7,13 +7,11 @@ Attention is that of PyTorch's fused kernels, so no matrix of queries by keys is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bachvid.catalog.facts import ModelFacts
-from bachvid.catalog.families import Family
-from bachvid.catalog.files import PartSize, read_part_sizes
+from bachvid.catalog.files import read_component_sizes
 from bachvid.inputs.choices import DTYPE_BYTES, Dtype, Offload
 from bachvid.layout.gangs import Gang
 from bachvid.layout.tokens import TokenLayout
@@ -27,7 +25,7 @@ _MATCH_CHUNK = 1024  # query rows at once, of `match_tokens`
 
 @dataclass(frozen=True, slots=True)
 class WeightBytes:
-    """Bytes of the parts of a model, in the dtypes in which they are loaded."""
+    """Bytes of the components of a model, in the dtypes in which they are loaded."""
 
     transformer: int
     vae: int
@@ -61,17 +59,17 @@ class RankMemory:
     def phases(self, offload: Offload) -> PhaseBytes | None:
         """Add up what is held in each phase; None if the weights are not known.
 
-        With `offload` only the part that works is there. What the text encoder needs beside its
+        With `offload` only the component in use is there. What the text encoder needs beside its
         weights is little, and it is freed before the first video.
         """
         weights = self.weights
         if weights is None:
             return None
-        parts = weights.transformer + weights.vae if offload == "none" else 0
+        both = weights.transformer + weights.vae if offload == "none" else 0
         return PhaseBytes(
-            encoding=parts + weights.text_encoder,
-            denoising=(parts or weights.transformer) + max(self.forward, self.matching),
-            decoding=(parts or weights.vae) + self.decode,
+            encoding=both + weights.text_encoder,
+            denoising=(both or weights.transformer) + max(self.forward, self.matching),
+            decoding=(both or weights.vae) + self.decode,
         )
 
 
@@ -106,7 +104,7 @@ def rank_memory(
     *,
     renders_frames: bool,
 ) -> RankMemory:
-    """Count what a rank of `gang` needs: with `renders_frames` for both roles, else for identities."""
+    """Count what a rank of `gang` needs for identities and, with `renders_frames`, frame videos."""
     injects = renders_frames and any(run.reads for run in method.runs("frame"))
     sizes = _Sizes.of(config, facts, method, gang)
     return RankMemory(
@@ -119,54 +117,26 @@ def rank_memory(
 
 # --- weights ------------------------------------------------------------------------------------
 
-# By part, the components of tensor names that both libraries keep in fp32.
-_KEPT_IN_FP32: Mapping[str, frozenset[str]] = {
-    "transformer": frozenset({"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}),
-    "vae": frozenset(),
-    "text_encoder": frozenset({"wo"}),
-}
-
-_T5_XXL = PartSize(4_762_310_656, 1_006_632_960)
-_UMT5_XXL = PartSize(5_680_910_336, 1_006_632_960)
-
-# Values in the weights of the published models. A test counts them in the real classes.
-PUBLISHED_PARTS: Mapping[str, Mapping[str, PartSize]] = {
-    name: {"transformer": transformer, "vae": PartSize(vae), "text_encoder": encoder}
-    for name, transformer, vae, encoder in (
-        *[
-            (f"{owner}/CogVideoX-{size}", PartSize(values), 215_583_907, _T5_XXL)
-            for owner in ("THUDM", "zai-org")
-            for size, values in (("2b", 1_693_783_872), ("5b", 5_570_283_072))
-        ],
-        *[
-            (f"Wan-AI/Wan2.1-T2V-{size}-Diffusers", part, 126_892_531, _UMT5_XXL)
-            for size, part in (
-                ("1.3B", PartSize(1_418_996_800, 3_127_296)),
-                ("14B", PartSize(14_288_491_584, 29_184_000)),
-            )
-        ],
-    )
-}
-
 
 def weight_bytes(facts: ModelFacts, dtype: Dtype) -> WeightBytes | None:
-    """Return the bytes of a model's weights; None if its files are not here and it is unknown.
+    """Return the bytes of a model's weights, in the dtypes that its family holds them in.
 
-    In 16 bits, diffusers keeps some tensors of a Wan transformer in fp32, and transformers, in
-    fp16 only, some of a text encoder. Wan's autoencoder is always in fp32 (`models/wan.py`).
-    Raises ModelSupportError for a damaged file.
+    None if its files are not here and it is not a published one. Raises ModelSupportError for a
+    damaged file.
     """
-    parts = PUBLISHED_PARTS.get(facts.name)
+    components, sizes = facts.traits.components, facts.sizes
     if facts.folder is not None:
-        parts = read_part_sizes(facts.folder, kept=_KEPT_IN_FP32)
-    if parts is None:
+        words = {name: traits.fp32_words for name, traits in components.items()}
+        sizes = read_component_sizes(facts.folder, words)
+    if sizes is None:
         return None
-    width, is_wan = DTYPE_BYTES[dtype], facts.family == "wan"
-    return WeightBytes(
-        transformer=parts["transformer"].nbytes(width, keeps_fp32=is_wan),
-        vae=parts["vae"].nbytes(4 if is_wan else width),
-        text_encoder=parts["text_encoder"].nbytes(width, keeps_fp32=dtype == "float16"),
-    )
+    nbytes = {
+        name: sizes[name].nbytes(
+            DTYPE_BYTES[traits.dtype(dtype)], keeps_fp32=dtype in traits.fp32_in
+        )
+        for name, traits in components.items()
+    }
+    return WeightBytes(nbytes["transformer"], nbytes["vae"], nbytes["text_encoder"])
 
 
 # --- a forward of the transformer ---------------------------------------------------------------
@@ -243,26 +213,26 @@ def _forward_bytes(sizes: _Sizes, facts: ModelFacts, *, injects: bool) -> int:
 
     Each line is a place where diffusers' eager code is at its fullest. In a feed-forward a block
     holds its own hidden states, what attention gave, the normed states, and the inner states
-    before and after the activation. Wan adds in fp32: both terms, and a product. Behind the
-    blocks whole videos are normed and shifted, one tensor each, in Wan in fp32.
+    before and after the activation. A family that adds in fp32 has both terms and a product in it.
+    Behind the blocks whole videos are normed and shifted, one tensor each, there too in fp32.
     """
     video = sizes.batch * sizes.layout.video_tokens * sizes.row
     places = [
         sizes.held + 3 * sizes.own + 2 * sizes.own_rows * sizes.inner_row,
         sizes.held + _attention_bytes(sizes, injects=injects),
     ]
-    fp32_bytes = 4 * sizes.layout.video_tokens * facts.head_dim * 2  # a table: cosines and sines
-    if facts.family == "wan":
+    if facts.traits.adds_in_fp32:
         wide = 4 * sizes.own // sizes.width
         gathered = 4 * video // sizes.width
         places.append(sizes.held + 4 * sizes.own + 3 * wide)
         places.append(sizes.own + wide + (2 if sizes.ranks > 1 else 1) * gathered)
-        tables = 2 * fp32_bytes  # ours, and the one that diffusers makes in every forward
     else:
         places.append(3 * video)
-        tables = fp32_bytes
-        if not facts.has_rope:  # added once to every row, kept in fp64
-            tables = 8 * sizes.layout.joint_tokens * sizes.row // sizes.width
+    if facts.has_rope:  # cosines and sines in fp32
+        tables = 2 * 4 * sizes.layout.video_tokens * facts.head_dim
+        tables *= 2 if facts.traits.makes_rotary else 1
+    else:  # added once to every row, kept in fp64
+        tables = 8 * sizes.layout.joint_tokens * sizes.row // sizes.width
     return max(places) + tables
 
 
@@ -301,11 +271,9 @@ def _attention_bytes(sizes: _Sizes, *, injects: bool) -> int:
 def _matching_bytes(sizes: _Sizes, matching: Matching) -> int:
     """Bytes of `match_tokens` at its peak.
 
-    All layers of the frame video's character, one layer
-    of the identity video as it is, in fp32 and normed, and three products of a chunk.
-
-    Within the foreground the character's features are there in fp32 too, and of the identity
-    video only its character.
+    All layers of the frame video's character, one layer of the identity video as it is, in fp32
+    and normed, and three products of a chunk. Within the foreground the character's features are
+    there in fp32 too, and of the identity video only its character.
     """
     layout, wide = sizes.layout, 4 / sizes.width
     is_foreground = matching.within == "foreground"
@@ -319,35 +287,13 @@ def _matching_bytes(sizes: _Sizes, matching: Matching) -> int:
 # --- decoding -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Decoder:
-    """How the autoencoder of a family decodes. Sizes in pixels; `stride` is that of its tiles.
-
-    Smaller videos than `tiled_from` are decoded whole, as the adapters say.
-    `values`: in memory at its peak, for each pixel of a tile, beside the frames; measured in the
-    published autoencoder, whose layers at full resolution have `channels`. A test measures again.
-    """
-
-    values: int
-    channels: int
-    tiled_from: int
-    tile: tuple[int, int]
-    stride: tuple[int, int]
-
-
-DECODERS: Mapping[Family, _Decoder] = {
-    "cogvideox": _Decoder(22_890, 128, 320 * 480, (240, 360), (200, 288)),
-    "wan": _Decoder(4_897, 96, 480 * 832 + 1, (256, 256), (192, 192)),
-}
-
-
 def _decode_bytes(config: ResolvedConfig, facts: ModelFacts) -> int:
     """Bytes of a decode at its peak: in the last tile, or when tiles become frames."""
-    video, decoder = config.video, DECODERS[facts.family]
-    width = 4 if facts.family == "wan" else DTYPE_BYTES[config.model.dtype]
+    video, decoder = config.video, facts.traits.decoder
+    width = DTYPE_BYTES[facts.traits.components["vae"].dtype(config.model.dtype)]
     values = decoder.values * facts.vae_channels // decoder.channels
     frames = 3 * video.pixel_frames * video.height * video.width
-    to_bytes = frames * (width + 3 * 4)  # `to_frames`: in fp32, scaled, rounded
+    to_bytes = frames * (width + 3 * 4)  # in fp32, scaled, rounded
     if video.height * video.width < decoder.tiled_from:
         return max(values * video.height * video.width * width + frames * width, to_bytes)
     sizes = zip((video.height, video.width), decoder.tile, decoder.stride, strict=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bachvid.inputs.config import ModelConfig, VideoConfig
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from numpy.typing import NDArray
@@ -19,7 +20,6 @@ from bachvid.attention.context import RunContext
 from bachvid.attention.control import AttentionControl
 from bachvid.catalog.registry import load_facts
 from bachvid.errors import BachvidError, ConfigError, ModelSupportError
-from bachvid.inputs.config import ModelConfig, VideoConfig
 from bachvid.models import cogvideox
 from bachvid.models.base import VideoModel, attention_control
 from bachvid.models.cogvideox import CogVideoXControlledProcessor, CogVideoXModel

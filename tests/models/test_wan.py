@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bachvid.inputs.config import ModelConfig, RenderConfig, SamplingConfig, VideoConfig
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -23,7 +24,6 @@ from bachvid.attention.control import AttentionControl, AttentionSite
 from bachvid.catalog.registry import load_facts
 from bachvid.engine.sampling import denoise
 from bachvid.errors import BachvidError, ConfigError, ModelSupportError
-from bachvid.inputs.config import ModelConfig, RenderConfig, SamplingConfig, VideoConfig
 from bachvid.inputs.story import Story
 from bachvid.kv.cache import MemoryKVStore
 from bachvid.methods.bachvid import IdentityRecorder
