@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+logger = logging.getLogger(__name__)
+
 
 class LocalPool:
     """This process as the one worker: `wait` renders one denoising step.
@@ -69,7 +71,7 @@ class LocalPool:
         self._caches[job.scene.scene.id] = SceneCache(manifest, source)
         return True
 
-    def encode(self, prompts: Sequence[Prompt]) -> None:
+    def encode(self, prompts: Sequence[Prompt]) -> Sequence[Message]:
         """Load the model and the embeddings of `prompts`. Raises as `load_model` does."""
         start = time.perf_counter()
         worker = self._loaded()
@@ -80,6 +82,7 @@ class LocalPool:
             worker.provenance["device"],
             time.perf_counter() - start,
         )
+        return []
 
     @property
     def idle(self) -> Sequence[Slot]:

@@ -19,9 +19,13 @@ from bachvid.driver.events import (
     Failed,
     FrameStep,
     IdentityStep,
+    Lost,
     Preview,
     Published,
     Queued,
+    Started,
+    WorkerLost,
+    WorkerPlaced,
 )
 from bachvid.driver.rendering import Rendering
 from bachvid.errors import ConfigError
@@ -40,10 +44,14 @@ __all__ = [  # the driver API: the renderer and what it says
     "Failed",
     "FrameStep",
     "IdentityStep",
+    "Lost",
     "Preview",
     "Published",
     "Queued",
+    "Started",
     "StoryRenderer",
+    "WorkerLost",
+    "WorkerPlaced",
 ]
 
 

@@ -86,7 +86,7 @@ class ModelWorker:
         ranks = f"{size} x cfg {cfg}" if cfg > 1 else str(size)
         return {
             "bachvid": __version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # of a class of torch, which the driver has not
             "diffusers": metadata.version("diffusers"),
             "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
             "threads": str(torch.get_num_threads()),

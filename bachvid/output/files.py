@@ -1,6 +1,7 @@
-"""What files a rendered video becomes: the owner of the config's `output` section.
+"""What files a rendered video becomes, as the config's `output` section says.
 
-It only makes files that are missing. Knows no order of work and imports no torch.
+Joins what the files show (`mp4`, `sheets`, `overlays`) with what the run is about: the plan's
+captions, the metadata, the paths in the run directory. Knows no order of work. No torch.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class IdentityPicture:
 
 
 def run_header(plan: RenderPlan) -> RunHeader:
-    """Say whose run it is that `plan` renders."""
+    """Return the first line of the journal of what `plan` renders."""
     story = plan.story.model_dump(mode="json")
     canonical = json.dumps(story, sort_keys=True, separators=(",", ":"))
     return RunHeader(
@@ -59,7 +60,7 @@ def run_header(plan: RenderPlan) -> RunHeader:
 def wanted_files(
     run: RunDirectory, config: RenderConfig, *, scene: str, video: str
 ) -> dict[str, Path]:
-    """Name the files that this config wants of a video, by their kind."""
+    """Return the paths of the files that this config wants of a video, by their kind."""
     files = {
         "mp4": run.file(scene, f"{video}.mp4"),
         "mask": run.file(scene, "masks", f"{video}.npz"),
@@ -83,7 +84,10 @@ def write_files(
     identity: IdentityPicture,
     config_sha256: str,
 ) -> dict[Path, str]:
-    """Write `files` (by kind, as `wanted_files`) of one video; return the sha256 of each."""
+    """Write `files` (by kind, as `wanted_files`) of one video. Return the sha256 of each.
+
+    Raises OSError if the disk is full, LayoutError for frames that no mask covers evenly.
+    """
     frames = rendered.frames
     _, height, width, _ = frames.shape
     factor = enlargement(height, width, config.output.min_height)
@@ -135,12 +139,12 @@ def write_files(
 
 
 def contact_sheet(run: RunDirectory, scene: ScenePlan) -> Path:
-    """Name the contact sheet of a scene."""
+    """Return the path of a scene's contact sheet."""
     return run.file(scene.scene.id, "contact-sheet.png")
 
 
 def write_contact_sheet(run: RunDirectory, scene: ScenePlan, tiles: Mapping[str, Frames]) -> None:
-    """Write a scene's contact sheet; the videos that `tiles` lacks are read back."""
+    """Write a scene's contact sheet; the videos that `tiles` lacks are read back from their mp4."""
     rows = []
     for video in scene.videos:
         path = run.contents.file(scene.scene.id, video.id, ".mp4")
@@ -162,7 +166,7 @@ def write_contact_sheet(run: RunDirectory, scene: ScenePlan, tiles: Mapping[str,
 
 
 def write_preview(path: Path, video: VideoPlan, frames: Frames) -> None:
-    """Write what a video will become; it is no file of the finished run."""
+    """Write a picture of what a video will become; it is no file of the finished run."""
     row = SheetRow(video.id, "preview", frames)
     write_atomically(
         path,
@@ -173,7 +177,7 @@ def write_preview(path: Path, video: VideoPlan, frames: Frames) -> None:
 
 
 def read_identity(run: RunDirectory, scene: ScenePlan) -> IdentityPicture:
-    """Read back what a finished identity video shows; the frames are lossy, for overlays only."""
+    """Return what a finished identity video shows; the frames are lossy, for overlays only."""
     name = scene.scene.id
     with np.load(run.file(name, "masks", f"{IDENTITY_ID}.npz")) as arrays:
         foreground = arrays["foreground"]
@@ -181,7 +185,7 @@ def read_identity(run: RunDirectory, scene: ScenePlan) -> IdentityPicture:
 
 
 def read_video(path: Path) -> Frames:
-    """Read the frames of a run's mp4 at the size of the model: lossy, near what was rendered."""
+    """Return the frames of a run's mp4 at the size of the model: near what was rendered."""
     return read_mp4(path, shrink=int(read_metadata(path).get(ENLARGEMENT, 1)))
 
 

@@ -1,1 +1,1 @@
-"""Room."""
+"""Rendering on a Ray cluster: the only room that imports ray."""

@@ -40,7 +40,7 @@ _EMBEDS = "embeds"
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One item of a job's stream: a small object with one thing in it. Rank 0 says all of it.
+    """One small message of a job's stream, which says one thing. Rank 0 says all of them.
 
     step: a denoising step is done.
     preview: what the video will become.
@@ -132,7 +132,7 @@ def _pulled(refs: Sequence[ray.ObjectRef[Item]], what: str) -> Sequence[Item]:
 
 
 class RayWorker:
-    """One process with one model, or its share of one. `bachvid.ray_backend.pool` calls its methods."""
+    """One process with one model, or its share of one. `RayPool` calls its methods."""
 
     def __init__(self, config: RenderConfig, gang: Gang, rank: int) -> None:
         self._config, self._gang, self._rank = config, gang, rank
@@ -177,7 +177,7 @@ class RayWorker:
 
     @ray.method(concurrency_group="control")
     def send(self, number: int, **what: Any) -> None:
-        """Return a job what `_Feed.send` takes; too late is no error."""
+        """Hand on to the feed of a job what `_Feed.send` takes; ignored if the job is over."""
         feed = self._feed(number)
         if feed is not None:
             feed.send(**what)

@@ -25,7 +25,7 @@ from bachvid.driver.renderer import (
 )
 from bachvid.engine.sampling import denoise
 from bachvid.engine.worker import ModelWorker, array_sha256
-from bachvid.errors import ConfigError
+from bachvid.errors import ConfigError, WorkerError
 from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
 from bachvid.output.journal import read_run
@@ -245,12 +245,14 @@ def test_a_cancelled_render_goes_on_to_the_same_videos(
 def test_previews_show_what_a_video_becomes_and_change_nothing(
     finished: tuple[Path, list[Event]], tiny_cogvideox_folder: Path, tmp_path: Path
 ) -> None:
-    events = render(tiny_cogvideox_folder, tmp_path, "output.preview_every=2")
+    events = render(tiny_cogvideox_folder, tmp_path, "output.preview_every=1")
     previews = [event for event in events if isinstance(event, Preview)]
-    assert {(event.scene, event.video) for event in previews} == VIDEOS  # of 2 steps, once each
+    assert {(event.scene, event.video) for event in previews} == VIDEOS
+    assert len(previews) == 2 * len(VIDEOS)
     assert all(event.path.read_bytes().startswith(b"\x89PNG") for event in previews)
-    where = [e for e in events if isinstance(e, (FrameStep, Preview)) and e.video == "jumps"]
-    assert [type(e) for e in where] == [FrameStep] * 4 + [Preview]
+    jumps = [e for e in events if isinstance(e, FrameStep | Preview | Done) and e.video == "jumps"]
+    after_step = [FrameStep, Preview]  # whatever else is written meanwhile
+    assert [type(e) for e in jumps] == [FrameStep] * 2 + after_step * 2 + [Done]
     assert hashes(tmp_path) == hashes(finished[0])
 
 
@@ -295,6 +297,36 @@ def test_leaving_the_stream_stops_the_render(tiny_cogvideox_folder: Path, tmp_pa
     assert len(read_run(tmp_path).records) == 0
     with StoryRenderer(settings(tiny_cogvideox_folder), tmp_path) as renderer:
         next(renderer.stream(STORY))  # the lock is free
+
+
+def test_what_is_rendered_is_kept_when_the_stream_is_left(
+    finished: tuple[Path, list[Event]], tiny_cogvideox_folder: Path, tmp_path: Path
+) -> None:
+    with StoryRenderer(settings(tiny_cogvideox_folder), tmp_path) as renderer:
+        for event in renderer.stream(STORY):
+            if isinstance(event, FrameStep):
+                break
+    assert hashes(tmp_path) == {
+        key: value for key, value in hashes(finished[0]).items() if key == ("forest", "identity")
+    }
+
+
+def test_what_cannot_be_written_ends_the_render_and_is_not_journaled(
+    finished: tuple[Path, list[Event]], tiny_cogvideox_folder: Path, tmp_path: Path
+) -> None:
+    obstacle = tmp_path / "forest" / "masks"  # a file where a folder must be
+    with StoryRenderer(settings(tiny_cogvideox_folder), tmp_path) as renderer:
+        events = renderer.stream(STORY)
+        while not isinstance(next(events), IdentityStep):
+            pass
+        obstacle.parent.mkdir(exist_ok=True)
+        obstacle.touch()
+        with pytest.raises(WorkerError, match=r"^cannot write .*masks.*: make room"):
+            list(events)
+    assert ("forest", "identity") not in read_run(tmp_path).records
+    obstacle.unlink()
+    render(tiny_cogvideox_folder, tmp_path)
+    assert hashes(tmp_path) == hashes(finished[0])
 
 
 def test_method_none_is_the_model_alone(

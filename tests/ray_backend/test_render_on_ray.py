@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,9 @@ from bachvid.driver.renderer import (
     FrameStep,
     IdentityStep,
     Published,
+    Started,
     StoryRenderer,
+    WorkerPlaced,
 )
 from bachvid.errors import ConfigError, WorkerError
 from bachvid.inputs.config import RenderConfig
@@ -93,24 +95,21 @@ def test_three_nodes_give_the_latents_of_one_process(
     tiny_cogvideox_folder: Path,
     expected: dict[tuple[str, str], tuple[str, str]],
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="bachvid"):
-        events = render(
-            tiny_cogvideox_folder,
-            tmp_path / "run",
-            f"cache.policy={policy}",
-            "cache.window=2",
-            address=three_nodes.address,
-        )
+    events = render(
+        tiny_cogvideox_folder,
+        tmp_path / "run",
+        f"cache.policy={policy}",
+        "cache.window=2",
+        address=three_nodes.address,
+    )
     assert hashes(tmp_path / "run") == expected
     assert len([event for event in events if isinstance(event, Done)]) == 5
-    nodes = {
-        match
-        for row in caplog.messages
-        for match in re.findall(r"placed id=\d+ rank=0 node=(\w+)", row)
-    }
-    assert len(nodes) == 3
+    placed = [e for e in events if isinstance(e, WorkerPlaced)]
+    assert len({e.node for e in placed}) == 3
+    started = [e for e in events if isinstance(e, Started)]
+    assert {(e.scene, e.video) for e in started} == set(expected)
+    assert {e.worker for e in started} <= {e.worker for e in placed}
 
     steps = [e for e in events if isinstance(e, IdentityStep) and e.scene == "forest"]
     # A window observes to step 2, then goes along with the second pre-pass and the main run.
@@ -245,3 +244,34 @@ def test_events_can_be_awaited(
     events = asyncio.run(collect())
     assert len([event for event in events if isinstance(event, Done)]) == 5
     assert hashes(tmp_path) == expected
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_render_on_ray import STORY, settings
+from bachvid.driver.renderer import StoryRenderer
+
+_, tests, model, out, address = sys.argv
+with StoryRenderer(settings(Path(model)), Path(out), address=address) as renderer:
+    events = list(renderer.stream(STORY))
+print([name for name in ("torch", "diffusers", "transformers") if name in sys.modules])
+"""
+
+
+def test_the_driver_has_no_torch_after_a_whole_render(
+    three_nodes: Cluster,
+    tiny_cogvideox_folder: Path,
+    expected: dict[tuple[str, str], tuple[str, str]],
+    tmp_path: Path,
+) -> None:
+    arguments = [str(Path(__file__).parent), str(tiny_cogvideox_folder), str(tmp_path / "run")]
+    driver = subprocess.run(
+        [sys.executable, "-c", DRIVER, *arguments, three_nodes.address],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert driver.stdout.splitlines()[-1] == "[]"
+    assert hashes(tmp_path / "run") == expected
