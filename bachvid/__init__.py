@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bachvid.driver.renderer import StoryRenderer
     from bachvid.errors import BachvidError
-    from bachvid.planning.config import RenderConfig
     from bachvid.inputs.story import Action, Scene, Story
+    from bachvid.planning.config import RenderConfig
 
 __all__ = [
     "Action",

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from bachvid.driver.renderer import StoryRenderer
-    from bachvid.planning.config import RenderConfig
     from bachvid.inputs.story import Story
+    from bachvid.planning.config import RenderConfig
 
 _TABLE_WIDTH = 120
 SOME_FAILED, BAD_INPUT = 1, 2
@@ -89,8 +89,8 @@ def render(
     verbose: bool,
 ) -> None:
     """Render STORY, or what is missing of it, into a run directory."""
-    from bachvid.planning.config import RenderConfig
     from bachvid.inputs.story import Story
+    from bachvid.planning.config import RenderConfig
 
     _configure_logging(verbose=verbose)
     loaded, settings = Story.load(story), RenderConfig.from_yaml(config, overrides)
@@ -117,8 +117,8 @@ def plan(
     """
     import json
 
-    from bachvid.planning.config import RenderConfig
     from bachvid.inputs.story import Story
+    from bachvid.planning.config import RenderConfig
     from bachvid.planning.plan import render_plan
     from bachvid.planning.text import plan_json, plan_text
 
@@ -179,7 +179,6 @@ def _render(
     from bachvid.cli.progress import open_progress
     from bachvid.driver.events import Done, Failed
     from bachvid.driver.renderer import StoryRenderer
-    from bachvid.planning.plan import render_plan
 
     done, failed = 0, 0
     with (

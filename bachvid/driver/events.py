@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from bachvid.engine.results import Phase
 from bachvid.scheduling.pool import WorkerLost, WorkerPlaced
 
 __all__ = [
@@ -26,6 +26,9 @@ __all__ = [
     "WorkerLost",
     "WorkerPlaced",
 ]
+
+
+Phase = Literal["pre_pass", "main_run"]
 
 
 @dataclass(frozen=True, slots=True)

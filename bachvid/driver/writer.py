@@ -183,7 +183,7 @@ class Writer:
                 frames_sha256=rendered.frames_sha256,
                 files=digests,
                 seconds={**rendered.seconds, "write": round(time.perf_counter() - start, 3)},
-                cache_bytes=rendered.cache_bytes,
+                cache_bytes=self._plan.cache_bytes,
                 recoveries=rendered.recoveries,
                 made_with=finished.made_with,
             )

@@ -172,7 +172,7 @@ class ModelWorker:
         return IdentityManifest(
             layout=self.layout,
             records=self.method.records,
-            foreground_mask_N=foreground and foreground.mask_N.cpu(),
+            foreground_mask_N=None if foreground is None else foreground.mask_N.cpu(),
             features={
                 layer: context.gather_positions(x_NC.to(self.model.device)).cpu()
                 for layer, x_NC in seen.features.items()
@@ -212,17 +212,22 @@ class ModelWorker:
         """Put together what is known about a finished video."""
         seen = control.observation
         assert seen is not None, "a video ends after its mask step"
-        grid, foreground = self.layout.grid, seen.foreground
+        grid, foreground, injected = self.layout.grid, seen.foreground, control.injected
         return RenderedVideo(
             frames=frames,
             latents=latents.float().cpu().numpy(),
-            foreground=foreground and foreground.mask_N.cpu().numpy().reshape(grid),
-            matched=control.injected and _matched_tokens(control.injected, grid),
+            foreground=None if foreground is None else _array(foreground.mask_N).reshape(grid),
+            matched=None if injected is None else _matched_tokens(injected, grid),
             latents_sha256=_latents_sha256(latents),
             frames_sha256=array_sha256(frames),
             seconds=seconds,
             recoveries=tuple(_recovery_text(recovery) for recovery in seen.recoveries),
         )
+
+
+def _array(mask_N: Tensor) -> NDArray[np.bool_]:
+    array: NDArray[np.bool_] = mask_N.cpu().numpy()
+    return array
 
 
 def array_sha256(array: NDArray[np.uint8]) -> str:

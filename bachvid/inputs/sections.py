@@ -24,6 +24,7 @@ SectionT = TypeVar("SectionT", bound="Section")
 Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
 Steps = Annotated[tuple[int, int], Field(strict=False)]
 Count = Annotated[int, Field(ge=1)]
+Step = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):

@@ -22,7 +22,14 @@ from bachvid.inputs.choices import (
     PrePassInjection,
     ProfileName,
 )
-from bachvid.inputs.sections import Count, Layers, ResolvedSampling, Steps, resolved_section
+from bachvid.inputs.sections import (
+    Count,
+    Layers,
+    ResolvedSampling,
+    Step,
+    Steps,
+    resolved_section,
+)
 from bachvid.inputs.strict_yaml import quote
 from bachvid.layout.gangs import BRANCHES, Branch
 from bachvid.layout.records import AttentionSite, Records, RecordSet
@@ -89,6 +96,9 @@ class BachVidConfig(MaskConfig):
 class ResolvedBachVid(BachVidConfig, ResolvedMaskConfig):
     """What is recorded and injected, all of it."""
 
+    mask_layers: Layers
+    mask_step: Step
+    mask_words: MaskWords
     vital_layers: Layers
     match_layers: Layers
     inject_steps: Steps

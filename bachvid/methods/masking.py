@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from bachvid.errors import ConfigError
 from bachvid.inputs.choices import MaskSoftmax, MaskWords
-from bachvid.inputs.sections import Layers, ResolvedSampling
+from bachvid.inputs.sections import Layers, ResolvedSampling, Step
 from bachvid.inputs.strict_yaml import quote
 from bachvid.methods.base import MethodConfig
 
@@ -20,7 +20,7 @@ class MaskConfig(MethodConfig):
     """How the foreground mask is taken. Layers and steps count from 0."""
 
     mask_layers: Layers | None = None
-    mask_step: Annotated[int, Field(ge=0)] | None = None
+    mask_step: Step | None = None
     mask_softmax: MaskSoftmax = "joint"
     mask_words: MaskWords | None = None  # nouns: the story's, or all but function words
     morphology: bool = False
@@ -36,7 +36,7 @@ class ResolvedMaskConfig(MaskConfig):
     """How the foreground mask is taken, all of it."""
 
     mask_layers: Layers
-    mask_step: Annotated[int, Field(ge=0)]
+    mask_step: Step
     mask_words: MaskWords
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from bachvid.inputs.choices import MaskWords
-from bachvid.inputs.sections import ResolvedSampling, resolved_section
+from bachvid.inputs.sections import Layers, ResolvedSampling, Step, resolved_section
 from bachvid.methods.base import Method, MethodConfig, Overlay, Role, RunControl, RunInputs
 from bachvid.methods.masking import MaskConfig, ResolvedMaskConfig, check_mask, mask_defaults
 
@@ -22,6 +22,10 @@ class NoneConfig(MaskConfig):
 
 class ResolvedNone(NoneConfig, ResolvedMaskConfig):
     """No method, all of it."""
+
+    mask_layers: Layers
+    mask_step: Step
+    mask_words: MaskWords
 
 
 class Vanilla(Method[ResolvedNone]):

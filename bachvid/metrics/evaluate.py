@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from bachvid.catalog.registry import EMBEDDED
 from bachvid.errors import ConfigError
-from bachvid.planning.config import RenderConfig
 from bachvid.inputs.story import IDENTITY_ID, Scene, Story
 from bachvid.metrics.attributes import attribute_agreement
 from bachvid.metrics.cost import cost
@@ -31,6 +30,7 @@ from bachvid.metrics.success import success
 from bachvid.output.files import read_video
 from bachvid.output.journal import RunContents, VideoRecord, read_run
 from bachvid.output.overlays import upsample_foreground
+from bachvid.planning.config import RenderConfig
 
 if TYPE_CHECKING:
     from bachvid.storybook.judge import JudgeReading

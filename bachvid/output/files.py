@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from bachvid import __version__
 from bachvid.atomic import write_atomically
 from bachvid.engine.results import Foreground, Frames
-from bachvid.planning.config import RenderConfig
 from bachvid.inputs.story import IDENTITY_ID
 from bachvid.output.journal import RunHeader
 from bachvid.output.mp4 import read_metadata, read_mp4, write_mp4
@@ -27,8 +26,8 @@ from bachvid.output.overlays import match_rows, overlay_mask, upsample_foregroun
 from bachvid.output.pixels import enlarge, enlargement
 from bachvid.output.run_directory import RunDirectory
 from bachvid.output.sheets import SheetRow, sheet_tiles, write_sheet
+from bachvid.planning.config import ResolvedConfig
 from bachvid.planning.plan import RenderPlan, ScenePlan, VideoPlan
-from bachvid.planning.resolve import config_hash
 
 if TYPE_CHECKING:
     from bachvid.engine.results import MatchedTokens, RenderedVideo
@@ -52,7 +51,7 @@ def run_header(plan: RenderPlan) -> RunHeader:
         story=story,
         config=plan.config.model_dump(mode="json"),
         story_hash=hashlib.sha256(canonical.encode()).hexdigest(),
-        config_hash=config_hash(plan.config),
+        config_hash=plan.config.sha256,
         bachvid=__version__,
     )
 
@@ -77,7 +76,7 @@ def wanted_files(
 def write_files(
     files: Mapping[str, Path],
     *,
-    config: RenderConfig,
+    config: ResolvedConfig,
     temporal_ratio: int,
     video: VideoPlan,
     rendered: RenderedVideo,
@@ -94,14 +93,12 @@ def write_files(
     foreground = upsample_foreground(
         rendered.foreground, temporal_ratio=temporal_ratio, height=height, width=width
     )
-    fps = config.output.fps
-    assert fps is not None  # resolve_config left no None
 
     def write_video(path: Path) -> None:
         write_mp4(
             enlarge(frames, factor),
             path,
-            fps=fps,
+            fps=config.output.fps,
             crf=config.output.crf,
             metadata={
                 "bachvid": __version__,

@@ -40,7 +40,7 @@ from bachvid.output.journal import (
     contents_of,
     read_lines,
 )
-from bachvid.planning.resolve import INDECISIVE
+from bachvid.planning.config import INDECISIVE
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"

@@ -18,8 +18,7 @@ from bachvid.prompts.compose import Prompt
 from bachvid.scheduling.schedule import Slot
 
 if TYPE_CHECKING:
-    from bachvid.engine.results import Frames
-    from bachvid.engine.results import RenderedVideo
+    from bachvid.engine.results import Frames, RenderedVideo
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,6 +144,5 @@ class IdentityRecorder(VideoObserver):
             # Copies: a slice would keep the queries' memory, and the text's, alive.
             rows = self.context.layout.video_rows
             key_BMHD, value_BMHD = qkv.key_BSHD[:, rows], qkv.value_BSHD[:, rows]
-            pieces = {"key": key_BMHD.clone(), "value": value_BMHD.clone()}
-            self._sink.put(Shard(site, pieces))
+            self._sink.put(Shard(site, {"key": key_BMHD.clone(), "value": value_BMHD.clone()}))
         return super().before(site, qkv)
