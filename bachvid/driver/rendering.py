@@ -96,7 +96,7 @@ class Rendering:
         missing: dict[str, Files] = {}
         for video in scene.videos:
             wanted = wanted_files(
-                self._run, self._plan.config, scene=scene.scene.id, video=video.id
+                self._run, self._plan, scene=scene.scene.id, video=video.id
             )
             paths = self._run.missing(scene.scene.id, video.id, list(wanted.values()))
             if paths:

@@ -40,7 +40,7 @@ class IdentityPicture:
     """What the overlays of frame videos show of their identity video."""
 
     frames: Frames
-    foreground: Foreground  # in tokens
+    foreground: Foreground | None  # in tokens
 
 
 def run_header(plan: RenderPlan) -> RunHeader:
@@ -57,18 +57,17 @@ def run_header(plan: RenderPlan) -> RunHeader:
 
 
 def wanted_files(
-    run: RunDirectory, config: RenderConfig, *, scene: str, video: str
+    run: RunDirectory, plan: RenderPlan, *, scene: str, video: str
 ) -> dict[str, Path]:
-    """Return the paths of the files that this config wants of a video, by their kind."""
-    files = {
-        "mp4": run.file(scene, f"{video}.mp4"),
-        "mask": run.file(scene, "masks", f"{video}.npz"),
-    }
-    if config.output.overlays:
-        files["mask_overlay"] = run.file(scene, "overlays", f"{video}.mask.png")
-        if video != IDENTITY_ID and config.method.name != "none":
-            files["match_overlay"] = run.file(scene, "overlays", f"{video}.match.png")
-    if config.output.frames:
+    """Return the paths of the files that a plan wants of a video, by their kind."""
+    shown = plan.shows - {"match"} if video == IDENTITY_ID else plan.shows
+    files = {"mp4": run.file(scene, f"{video}.mp4")}
+    if "mask" in shown:
+        files["mask"] = run.file(scene, "masks", f"{video}.npz")
+    if plan.config.output.overlays:
+        for overlay in sorted(shown):
+            files[f"{overlay}_overlay"] = run.file(scene, "overlays", f"{video}.{overlay}.png")
+    if plan.config.output.frames:
         files["frames"] = run.file(scene, "frames", f"{video}.npz")
     return files
 
@@ -90,9 +89,13 @@ def write_files(
     frames = rendered.frames
     _, height, width, _ = frames.shape
     factor = enlargement(height, width, config.output.min_height)
-    foreground = upsample_foreground(
-        rendered.foreground, temporal_ratio=temporal_ratio, height=height, width=width
-    )
+    in_tokens: dict[str, Foreground] = {}  # by name: empty for a method that takes no mask
+    in_pixels: dict[str, Foreground] = {}
+    if rendered.foreground is not None:
+        in_tokens["foreground"] = rendered.foreground
+        in_pixels["foreground"] = upsample_foreground(
+            rendered.foreground, temporal_ratio=temporal_ratio, height=height, width=width
+        )
 
     def write_video(path: Path) -> None:
         write_mp4(
@@ -112,24 +115,26 @@ def write_files(
 
     def write_match(path: Path) -> None:
         assert rendered.matched is not None
+        assert identity.foreground is not None, "what is matched has a mask"
         _write_match_overlay(
             path,
             video=video,
             rendered=rendered,
             identity=identity,
             matched=rendered.matched,
+            identity_foreground=identity.foreground,
             temporal_ratio=temporal_ratio,
         )
 
     writers: dict[str, Callable[[Path], None]] = {
         "mp4": write_video,
-        "mask": lambda path: _write_arrays(path, foreground=rendered.foreground),
+        "mask": lambda path: _write_arrays(path, **in_tokens),
         "mask_overlay": lambda path: _write_mask_overlay(
-            path, video=video, frames=frames, foreground=foreground
+            path, video=video, frames=frames, **in_pixels
         ),
         "match_overlay": write_match,
         "frames": lambda path: _write_arrays(
-            path, frames=frames, foreground=foreground, latents=rendered.latents
+            path, frames=frames, latents=rendered.latents, **in_pixels
         ),
     }
     return {path: write_atomically(path, writers[kind]) for kind, path in files.items()}
@@ -176,8 +181,11 @@ def write_preview(path: Path, video: VideoPlan, frames: Frames) -> None:
 def read_identity(run: RunDirectory, scene: ScenePlan) -> IdentityPicture:
     """Return what a finished identity video shows; the frames are lossy, for overlays only."""
     name = scene.scene.id
-    with np.load(run.file(name, "masks", f"{IDENTITY_ID}.npz")) as arrays:
-        foreground = arrays["foreground"]
+    path = run.file(name, "masks", f"{IDENTITY_ID}.npz")
+    foreground: Foreground | None = None
+    if path.exists():
+        with np.load(path) as arrays:
+            foreground = arrays["foreground"]
     return IdentityPicture(read_video(run.file(name, f"{IDENTITY_ID}.mp4")), foreground)
 
 
@@ -214,12 +222,13 @@ def _write_match_overlay(
     rendered: RenderedVideo,
     identity: IdentityPicture,
     matched: MatchedTokens,
+    identity_foreground: Foreground,
     temporal_ratio: int,
 ) -> None:
     rows: Sequence[SheetRow] = match_rows(
         identity_frames=identity.frames,
         frame_frames=rendered.frames,
-        identity_foreground=identity.foreground,
+        identity_foreground=identity_foreground,
         match_index=matched.index_N,
         matched=matched.used,
         temporal_ratio=temporal_ratio,

@@ -13,9 +13,10 @@ from typing import Any
 import ray
 
 from bachvid.engine.results import RunStep
-from bachvid.layout.gangs import BRANCHES, overlapping_ranks
+from bachvid.layout.gangs import overlapping_ranks
 from bachvid.planning.placement import ExecutionPlan
 from bachvid.planning.plan import RenderPlan
+from bachvid.planning.resolve import build_method
 from bachvid.ray_backend.gang import GangWorker, Rank, Stream
 from bachvid.ray_backend.worker import Note
 from bachvid.scheduling.pool import Job
@@ -46,11 +47,10 @@ class Publisher:
 
     def __init__(self, plan: RenderPlan, execution: ExecutionPlan) -> None:
         self._plan, self._is_window = plan, execution.policy == "window"
-        self._reads = read_steps(plan.config.method)
         self._scenes: dict[str, _Scene] = {}
         heads = plan.facts.num_heads
         writers = execution.identity.shares(heads)
-        branches = BRANCHES if plan.config.method.branches == "both" else ("cond",)
+        branches = build_method(plan.config).records.branches
         self._recorders = [i for i, w in enumerate(writers) if set(w.branches) & set(branches)]
         self._sources = [  # for each rank that reads, the ranks that record what it reads
             overlapping_ranks(reader, writers, branches) for reader in execution.frame.shares(heads)
@@ -63,11 +63,11 @@ class Publisher:
         """
         scene = self._scene_of(job)
         if not job.is_identity:
-            return {"is_window": self._is_window, "cache_bytes": self._plan.cache_bytes}
+            return {"runs": self._plan.frame_runs, "is_window": self._is_window}
         scene.clear()  # it may be gone with the worker that published it
         scene.identity = number
         publication = scene.publication
-        return {"records": publication.records, "first": publication.dropped}
+        return {"runs": self._plan.reading.identity_runs, "first": publication.dropped}
 
     def join(self, reader: GangWorker) -> None:
         """Count on the worker of a frame video, and send it all that it reads and that is there."""
@@ -77,7 +77,7 @@ class Publisher:
         if scene.cache is not None:
             reader.send(cache=[scene.cache])
         for part, refs in scene.publication.parts.items():
-            self._send_part(reader, scene.publication.keys[part], refs)
+            self._send_part(reader, part, refs)
 
     def leave(self, reader: GangWorker, job: Job) -> None:
         """No longer wait for a worker: its job is over, or lost."""
@@ -121,7 +121,7 @@ class Publisher:
         del stream.arrived[part]
         publication.publish(part, refs)
         for reader in publication.readers:
-            self._send_part(reader, publication.keys[part], refs)
+            self._send_part(reader, part, refs)
         return part == publication.num_parts - 1
 
     def is_outdated(self, stream: Stream) -> bool:
