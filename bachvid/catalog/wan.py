@@ -194,7 +194,6 @@ def _facts(
 # --- published models ---------------------------------------------------------------------------
 
 
-
 def _published() -> Mapping[str, ModelFacts]:
     """Sizes and shift: diffusers, scripts/convert_wan_to_diffusers.py.
 

@@ -114,9 +114,7 @@ class StoryRenderer:
 
             self._cluster = self._connection.enter_context(ray_connection(self._address))
         _check_one_rank(self._config, self._cluster)
-        return render_plan(
-            story, self._config, source=source, download=True, cluster=self._cluster
-        )
+        return render_plan(story, self._config, source=source, download=True, cluster=self._cluster)
 
     def stream(self, story: Story | RenderPlan, *, source: str = "story") -> Iterator[Event]:
         """Render what is missing of a story, or of its plan, and yield what happens.

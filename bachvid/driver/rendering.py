@@ -95,9 +95,7 @@ class Rendering:
         """Name the files to write, for each video that lacks any."""
         missing: dict[str, Files] = {}
         for video in scene.videos:
-            wanted = wanted_files(
-                self._run, self._plan, scene=scene.scene.id, video=video.id
-            )
+            wanted = wanted_files(self._run, self._plan, scene=scene.scene.id, video=video.id)
             paths = self._run.missing(scene.scene.id, video.id, list(wanted.values()))
             if paths:
                 missing[video.id] = {k: path for k, path in wanted.items() if path in paths}

@@ -40,9 +40,7 @@ class VideoJob:
 Said = RunStep | IdentityManifest | PreviewFrames
 
 
-def render_video(
-    worker: ModelWorker, job: VideoJob
-) -> Generator[Said, None, RenderedVideo | None]:
+def render_video(worker: ModelWorker, job: VideoJob) -> Generator[Said, None, RenderedVideo | None]:
     """Render a video, and yield every step of all its runs; return None on a rank without pixels.
 
     The manifest of an identity is yielded as soon as the video is observed, once. Every rank of a

@@ -56,9 +56,7 @@ def run_header(plan: RenderPlan) -> RunHeader:
     )
 
 
-def wanted_files(
-    run: RunDirectory, plan: RenderPlan, *, scene: str, video: str
-) -> dict[str, Path]:
+def wanted_files(run: RunDirectory, plan: RenderPlan, *, scene: str, video: str) -> dict[str, Path]:
     """Return the paths of the files that a plan wants of a video, by their kind."""
     shown = plan.shows - {"match"} if video == IDENTITY_ID else plan.shows
     files = {"mp4": run.file(scene, f"{video}.mp4")}

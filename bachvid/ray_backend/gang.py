@@ -13,8 +13,8 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from bachvid.inputs.config import RenderConfig
 from bachvid.layout.gangs import Gang
+from bachvid.planning.config import ResolvedConfig
 from bachvid.ray_backend.worker import Note, RayWorker
 from bachvid.scheduling.pool import Job
 from bachvid.scheduling.schedule import Kind
@@ -91,7 +91,7 @@ class Place:
 class GangWorker:
     """The actors of one gang, started in a place."""
 
-    def __init__(self, number: int, config: RenderConfig, place: Place) -> None:
+    def __init__(self, number: int, config: ResolvedConfig, place: Place) -> None:
         self.id, self.place = number, place
         self.since = time.monotonic()
         self.node = ""
@@ -99,7 +99,7 @@ class GangWorker:
         self._meeting = f"bachvid-{uuid.uuid4().hex}"  # a file where the ranks meet
         self.ranks = [self._start(config, rank) for rank in range(place.gang.size)]
 
-    def _start(self, config: RenderConfig, rank: int) -> Rank:
+    def _start(self, config: ResolvedConfig, rank: int) -> Rank:
         place = self.place
         strategy = place.strategy
         if place.group is not None:

@@ -17,7 +17,7 @@ from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bachvid.errors import BachvidError, WorkerError
-from bachvid.inputs.config import RenderConfig
+from bachvid.planning.config import ResolvedConfig
 from bachvid.planning.placement import ExecutionPlan
 from bachvid.ray_backend.gang import GangWorker, Place, Rank, first_line
 from bachvid.scheduling.pool import WorkerPlaced
@@ -34,7 +34,7 @@ class Placement:
     Raises WorkerError if not even the first one is placed within `cluster.wait_seconds`.
     """
 
-    def __init__(self, config: RenderConfig, execution: ExecutionPlan) -> None:
+    def __init__(self, config: ResolvedConfig, execution: ExecutionPlan) -> None:
         self._settings, self._execution = config.cluster, execution
         if config.model.threads is None:
             share = config.model.model_copy(update={"threads": self._settings.cpus_per_worker})

@@ -63,11 +63,11 @@ class Publisher:
         """
         scene = self._scene_of(job)
         if not job.is_identity:
-            return {"runs": self._plan.frame_runs, "is_window": self._is_window}
+            return {"is_window": self._is_window}
         scene.clear()  # it may be gone with the worker that published it
         scene.identity = number
         publication = scene.publication
-        return {"runs": self._plan.reading.identity_runs, "first": publication.dropped}
+        return {"is_window": self._is_window, "first": publication.dropped}
 
     def join(self, reader: GangWorker) -> None:
         """Count on the worker of a frame video, and send it all that it reads and that is there."""
@@ -145,13 +145,15 @@ class Publisher:
         name = job.scene.scene.id
         known = self._scenes.get(name)
         if known is None or (job.is_identity and self._is_window and not known.publication.readers):
-            publication = Publication[GangWorker, Refs](self._reads, window=self._plan.window)
+            publication = Publication[GangWorker, Refs](
+                self._plan.reading, window=self._plan.window
+            )
             known = self._scenes[name] = _Scene(publication)
         return known
 
-    def _send_part(self, reader: GangWorker, key: tuple[int, int], refs: Refs) -> None:
+    def _send_part(self, reader: GangWorker, part: int, refs: Refs) -> None:
         """Send each rank of a frame video what it reads of a part."""
         assert reader.stream is not None
         for rank in reader.ranks:
             needed = [refs[source] for source in self._sources[rank.index]]
-            rank.actor.send.remote(reader.stream.number, parts={key: needed})
+            rank.actor.send.remote(reader.stream.number, parts={part: needed})
