@@ -85,7 +85,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(params=MODELS)
-def quote(request: pytest.FixtureRequest, results: Results) -> Mapping[str, list[Shown]]:
+def shown(request: pytest.FixtureRequest, results: Results) -> Mapping[str, list[Shown]]:
     return results[request.param]
 
 
