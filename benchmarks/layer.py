@@ -21,13 +21,14 @@ from torch import Tensor
 
 from bachvid.attention.attend import attend
 from bachvid.attention.context import RunContext
-from bachvid.attention.control import QKV, AttentionControl, AttentionSite, KVGroup
+from bachvid.attention.control import QKV, AttentionControl, KVGroup
 from bachvid.attention.rotary import Rotary
 from bachvid.catalog.facts import ModelFacts
 from bachvid.catalog.registry import PUBLISHED
 from bachvid.kv.cache import KVShard
 from bachvid.kv.packing import StepPacker
 from bachvid.layout.gangs import BRANCHES, Gang
+from bachvid.layout.records import AttentionSite
 from bachvid.layout.tokens import TokenLayout
 from bachvid.methods.ops.injection import InjectedTokens, inject_identity_kv
 from bachvid.models.cogvideox import CogVideoXControlledProcessor

@@ -20,9 +20,9 @@ import click
 
 from bachvid.driver.events import Done, IdentityStep
 from bachvid.driver.renderer import StoryRenderer
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import IDENTITY_ID, Story
 from bachvid.output.journal import read_run
+from bachvid.planning.config import RenderConfig
 
 
 @click.command()

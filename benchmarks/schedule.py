@@ -20,8 +20,8 @@ from heapq import heappop, heappush
 import click
 
 from bachvid.catalog.registry import PUBLISHED
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import IDENTITY_ID
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.nodes import ClusterFacts, NodeFacts
 from bachvid.planning.placement import plan_execution
 from bachvid.planning.plan import identity_cache_bytes

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from bachvid.catalog.registry import load_facts
 from bachvid.engine.worker import ModelWorker
-from bachvid.inputs.config import RenderConfig
 from bachvid.methods.base import Observation
 from bachvid.methods.ops.matching import TokenMatch, match_tokens, match_within_foreground
 from bachvid.models.base import attention_control
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import VideoPlan
 from bachvid.planning.resolve import resolve_config
 from bachvid.prompts.compose import compose_prompt

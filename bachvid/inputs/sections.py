@@ -10,12 +10,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bachvid.inputs.choices import (
-    CachePolicy,
-    Dtype,
-    Offload,
-    SchedulerName,
-)
+from bachvid.inputs.choices import CachePolicy, Dtype, Offload, SchedulerName
 from bachvid.inputs.story import NoisePolicy
 
 SectionT = TypeVar("SectionT", bound="Section")

@@ -15,21 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, field_validator
 
 from bachvid.errors import ConfigError
-from bachvid.inputs.choices import (
-    Branches,
-    MaskWords,
-    MatchWithin,
-    PrePassInjection,
-    ProfileName,
-)
-from bachvid.inputs.sections import (
-    Count,
-    Layers,
-    ResolvedSampling,
-    Step,
-    Steps,
-    resolved_section,
-)
+from bachvid.inputs.choices import Branches, MaskWords, MatchWithin, PrePassInjection, ProfileName
+from bachvid.inputs.sections import Count, Layers, ResolvedSampling, Step, Steps, resolved_section
 from bachvid.inputs.strict_yaml import quote
 from bachvid.layout.gangs import BRANCHES, Branch
 from bachvid.layout.records import AttentionSite, Records, RecordSet

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from bachvid.catalog.registry import EMBEDDED
 from bachvid.errors import ConfigError
 from bachvid.inputs.story import IDENTITY_ID, Scene, Story
+from bachvid.methods.base import MethodConfig
+from bachvid.methods.none import NoneConfig
 from bachvid.metrics.attributes import attribute_agreement
 from bachvid.metrics.cost import cost
 from bachvid.metrics.motion import motion
@@ -109,17 +111,23 @@ class Twin(NamedTuple):
 def vanilla_twin(run: Path) -> Twin:
     """Return what `--against none` renders. Raises ConfigError if `run` is no run directory."""
     contents = read_run(run)
-    config = RenderConfig.model_validate(contents.header.config)
+    config = RenderConfig.from_values(contents.header.config, source=str(run))
     # Raw frames may have been added later: the header knows the first render only.
     raw = any(contents.file(*key, f"frames/{key[1]}.npz") for key in contents.records)
     twin = config.model_copy(
         update={
-            "method": config.method.model_copy(update={"name": "none"}),
+            "method": _without_method(config.method),
             "output": config.output.model_copy(update={"overlays": False, "frames": raw}),
         }
     )
     # No scene can have this name: ids have no dot.
     return Twin(Story.model_validate(contents.header.story), twin, run / "against.none")
+
+
+def _without_method(config: MethodConfig) -> NoneConfig:
+    """Return the section of `none`, with masks taken as the method takes them."""
+    shared = {key: value for key, value in config if key in NoneConfig.model_fields}
+    return NoneConfig(**{**shared, "name": "none"})
 
 
 def evaluate_run(path: Path, *, judge: ReadClips | None = None) -> Evaluation:
@@ -133,7 +141,7 @@ def evaluate_run(path: Path, *, judge: ReadClips | None = None) -> Evaluation:
     Raises ConfigError if `path` is no run directory, or has no finished video.
     """
     run = read_run(path)
-    config = RenderConfig.model_validate(run.header.config)
+    config = RenderConfig.from_values(run.header.config, source=str(path))
     story = Story.model_validate(run.header.story)
     if not run.records:
         raise ConfigError(f"{path} has no finished video: render its story first")

@@ -12,7 +12,7 @@ from json_models import STORYBOOK, VOCABULARY, write_json_model, write_json_wan
 from bachvid.catalog.facts import ModelFacts
 from bachvid.catalog.registry import PUBLISHED, load_facts
 from bachvid.errors import BachvidError, ConfigError, ModelSupportError
-from bachvid.inputs.config import ModelConfig, VideoConfig
+from bachvid.inputs.sections import ModelConfig, VideoConfig
 
 
 @pytest.fixture

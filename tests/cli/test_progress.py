@@ -10,8 +10,8 @@ from json_models import write_json_model
 
 from bachvid.cli.progress import BarProgress, LineProgress, stage_line
 from bachvid.driver.events import Done, Event, Failed, FrameStep, IdentityStep, Published, Queued
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import RenderPlan, render_plan
 
 DONE = Done("coast", "jumps", Path("run/coast/jumps.mp4"), 1.25, (), False)

@@ -14,17 +14,16 @@ from numpy.typing import NDArray
 
 from bachvid.attention.control import AttentionControl
 from bachvid.attention.groups import SequenceGroup
-from bachvid.engine.results import RenderedVideo
+from bachvid.engine.results import PreviewFrames, RenderedVideo
 from bachvid.engine.sampling import denoise
-from bachvid.engine.results import PreviewFrames
 from bachvid.engine.videos import FrameVideoActor, IdentityVideoActor
 from bachvid.engine.worker import ModelWorker
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
 from bachvid.kv.cache import IdentityCache, MemoryKVStore
 from bachvid.kv.packing import PackedStep
 from bachvid.kv.pulling import PulledKVStore
 from bachvid.layout.gangs import Gang, overlapping_ranks
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import RenderPlan, render_plan
 
 STORY = Story.model_validate(

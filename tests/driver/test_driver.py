@@ -26,9 +26,9 @@ from bachvid.driver.renderer import (
 from bachvid.engine.sampling import denoise
 from bachvid.engine.worker import ModelWorker, array_sha256
 from bachvid.errors import ConfigError, WorkerError
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
 from bachvid.output.journal import read_run
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import render_plan
 from bachvid.prompts.compose import Prompt
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from bachvid.driver.renderer import Done, Failed, Preview, StoryRenderer
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
 from bachvid.output.journal import VideoRecord, read_run
+from bachvid.planning.config import RenderConfig
 
 STORY = Story.model_validate(
     {

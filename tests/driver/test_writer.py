@@ -11,8 +11,7 @@ from test_driver import STORY, settings
 
 from bachvid.driver.events import Done, Failed, FrameStep, Preview
 from bachvid.driver.writer import Writer
-from bachvid.engine.results import Frames
-from bachvid.engine.results import RenderedVideo
+from bachvid.engine.results import Frames, RenderedVideo
 from bachvid.errors import LayoutError
 from bachvid.output.files import IdentityPicture, contact_sheet, run_header, wanted_files
 from bachvid.output.run_directory import RunDirectory

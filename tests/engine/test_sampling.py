@@ -11,15 +11,17 @@ from diffusers import CogVideoXDPMScheduler, DiffusionPipeline, FlowMatchEulerDi
 from torch import Tensor
 
 from bachvid.attention.context import RunContext
-from bachvid.attention.control import QKV, AttentionControl, AttentionSite, KVGroup
+from bachvid.attention.control import QKV, AttentionControl, KVGroup
 from bachvid.catalog.registry import load_facts
 from bachvid.engine.sampling import Denoised, denoise
-from bachvid.inputs.config import ModelConfig, RenderConfig, SamplingConfig, VideoConfig
+from bachvid.inputs.sections import ModelConfig, SamplingConfig, VideoConfig
 from bachvid.kv.cache import MemoryKVStore
+from bachvid.layout.records import AttentionSite
 from bachvid.methods.bachvid import IdentityRecorder
 from bachvid.methods.base import MethodSettings
 from bachvid.models.base import VideoModel
 from bachvid.models.registry import load_model
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.resolve import resolve_config
 from bachvid.prompts.compose import Prompt, compose_prompt
 from bachvid.prompts.tokenizer import PromptTokenizer

@@ -19,7 +19,7 @@ from bachvid.catalog.registry import PUBLISHED, load_facts
 from bachvid.driver.events import Done, Failed
 from bachvid.driver.renderer import StoryRenderer
 from bachvid.engine.sampling import denoise
-from bachvid.inputs.config import ModelConfig, RenderConfig
+from bachvid.inputs.sections import ModelConfig
 from bachvid.inputs.story import Story
 from bachvid.kv.cache import KVShard
 from bachvid.kv.packing import StepPacker, sites_of
@@ -28,6 +28,7 @@ from bachvid.layout.gangs import BRANCHES, Gang
 from bachvid.models.base import VideoModel
 from bachvid.models.cogvideox import CogVideoXControlledProcessor
 from bachvid.models.registry import load_model
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.memory import rank_memory
 from bachvid.planning.resolve import resolve_config
 from bachvid.prompts.compose import Prompt

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 from bachvid.catalog.facts import ModelFacts
 from bachvid.catalog.registry import PUBLISHED
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import MethodConfig, RenderConfig
+from bachvid.methods.base import MethodConfig
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.resolve import config_hash, read_steps, recorded_steps, resolve_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from bachvid.attention.attend import attend, controlled_attention
 from bachvid.attention.context import RunContext
-from bachvid.attention.control import QKV, AttentionControl, AttentionSite, KVGroup
+from bachvid.attention.control import QKV, AttentionControl, KVGroup
 from bachvid.attention.rotary import Rotary
 from bachvid.errors import CacheMissError, LayoutError, WorkerError
-from bachvid.inputs.config import MethodConfig
 from bachvid.kv.cache import IdentityCache, KVShard, MemoryKVStore
 from bachvid.layout.gangs import Branch
+from bachvid.layout.records import AttentionSite
 from bachvid.layout.tokens import TokenLayout
 from bachvid.methods import build_method
 from bachvid.methods.bachvid import BachVid, FrameInjector, PrePassInjector, VideoObserver
-from bachvid.methods.base import Method, MethodSettings, Observation
+from bachvid.methods.base import Method, MethodConfig, MethodSettings, Observation
 from bachvid.methods.none import Vanilla
 from bachvid.methods.ops.masks import ForegroundMask, MaskRecovery
 from bachvid.prompts.tokenizer import TokenizedPrompt

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bachvid.attention.control import AttentionSite
 from bachvid.errors import LayoutError
 from bachvid.kv.cache import KVShard
+from bachvid.layout.records import AttentionSite
 from bachvid.layout.tokens import TokenLayout
 from bachvid.methods.ops.injection import inject_identity_kv, select_injected_tokens
 from bachvid.methods.ops.matching import TokenMatch

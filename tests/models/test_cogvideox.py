@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bachvid.inputs.config import ModelConfig, VideoConfig
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from bachvid.attention.context import RunContext
 from bachvid.attention.control import AttentionControl
 from bachvid.catalog.registry import load_facts
 from bachvid.errors import BachvidError, ConfigError, ModelSupportError
+from bachvid.inputs.sections import ModelConfig, VideoConfig
 from bachvid.models import cogvideox
 from bachvid.models.base import VideoModel, attention_control
 from bachvid.models.cogvideox import CogVideoXControlledProcessor, CogVideoXModel

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bachvid.inputs.config import ModelConfig, RenderConfig, SamplingConfig, VideoConfig
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -20,18 +19,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bachvid.attention.context import RunContext
-from bachvid.attention.control import AttentionControl, AttentionSite
+from bachvid.attention.control import AttentionControl
 from bachvid.catalog.registry import load_facts
 from bachvid.engine.sampling import denoise
 from bachvid.errors import BachvidError, ConfigError, ModelSupportError
+from bachvid.inputs.sections import ModelConfig, SamplingConfig, VideoConfig
 from bachvid.inputs.story import Story
 from bachvid.kv.cache import MemoryKVStore
+from bachvid.layout.records import AttentionSite
 from bachvid.methods.bachvid import IdentityRecorder
 from bachvid.methods.base import MethodSettings
 from bachvid.models import wan
 from bachvid.models.base import VideoModel, attention_control
 from bachvid.models.registry import load_model
 from bachvid.models.wan import WanCrossAttention, WanModel, WanSelfAttention
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import render_plan
 from bachvid.planning.resolve import resolve_config
 from bachvid.prompts.compose import Prompt, compose_prompt, noun_ranges

@@ -9,7 +9,7 @@ import pytest
 
 from bachvid.catalog.registry import PUBLISHED
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import RenderConfig
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.nodes import ClusterFacts, NodeFacts
 from bachvid.planning.placement import (
     ExecutionPlan,

@@ -12,8 +12,8 @@ from bad_inputs import GOOD_STORY
 from json_models import write_json_model, write_json_wan
 
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.nodes import ClusterFacts, NodeFacts
 from bachvid.planning.plan import RenderPlan, render_plan
 from bachvid.planning.text import plan_json, plan_text

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from bachvid.catalog.facts import Vocabulary
 from bachvid.catalog.registry import load_facts
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.inputs.config import ModelConfig
+from bachvid.inputs.sections import ModelConfig
 from bachvid.prompts.compose import (
     Prompt,
     PromptPart,

@@ -24,9 +24,9 @@ from bachvid.driver.renderer import (
     WorkerPlaced,
 )
 from bachvid.errors import ConfigError, WorkerError
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
 from bachvid.output.journal import read_run
+from bachvid.planning.config import RenderConfig
 
 STORY = Story.model_validate(
     {

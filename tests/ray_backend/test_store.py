@@ -24,7 +24,7 @@ from whereabouts import Whereabouts
 from bachvid.driver.events import Done, Event, Failed, FrameStep, IdentityStep, Lost
 from bachvid.driver.renderer import StoryRenderer
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import RenderConfig
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import render_plan
 from bachvid.planning.resolve import recorded_steps
 from bachvid.ray_backend.connection import ray_connection

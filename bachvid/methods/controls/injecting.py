@@ -16,11 +16,7 @@ from bachvid.kv.cache import SceneCache
 from bachvid.layout.records import AttentionSite
 from bachvid.methods.base import Observation, RunControl, RunInputs
 from bachvid.methods.controls.observing import VideoObserver
-from bachvid.methods.ops.injection import (
-    InjectedTokens,
-    inject_identity_kv,
-    select_injected_tokens,
-)
+from bachvid.methods.ops.injection import InjectedTokens, inject_identity_kv, select_injected_tokens
 from bachvid.methods.ops.matching import TokenMatch, match_tokens, match_within_foreground
 
 if TYPE_CHECKING:
