@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from bachvid.catalog.registry import PUBLISHED
+from bachvid.catalog.registry import published_models
 from bachvid.errors import ConfigError
 from bachvid.planning.config import RenderConfig
 from bachvid.planning.nodes import ClusterFacts, NodeFacts
@@ -17,11 +17,11 @@ from bachvid.planning.placement import (
     parallel_degrees,
     plan_execution,
 )
-from bachvid.planning.plan import identity_cache_bytes
-from bachvid.planning.resolve import recorded_steps, resolve_config
+from bachvid.planning.plan import records_bytes
+from bachvid.planning.resolve import build_method, resolve_config
 from bachvid.units import format_bytes
 
-FACTS = PUBLISHED["THUDM/CogVideoX-5b"]
+FACTS = published_models()["THUDM/CogVideoX-5b"]
 GB = 10**9
 PAPER_BYTES = 17_550 * 48 * 64 * 2 * 2 * 15 * 26 * 2  # keys and values of one scene: 168.2 GB
 
@@ -37,14 +37,15 @@ def execute(
 ) -> ExecutionPlan:
     config = RenderConfig.from_yaml(None, ["method.profile=paper", *overrides])
     resolved = resolve_config(config, FACTS)
+    method = build_method(resolved)
     return plan_execution(
         ClusterFacts(tuple(nodes)),
         resolved,
         facts=FACTS,
         layout=FACTS.layout(resolved.video),
+        method=method,
         frames=frames,
-        cache_bytes=identity_cache_bytes(resolved, FACTS),
-        num_steps=len(recorded_steps(resolved.method)),
+        cache_bytes=records_bytes(method.records, resolved, FACTS),
     )
 
 
