@@ -17,14 +17,7 @@ from torch import Tensor
 from bachvid.errors import CacheMissError, CorruptShardError
 from bachvid.kv.cache import SAME_CONFIG, Shard, format_site
 from bachvid.kv.packing import PackedStep, StepHeader, sum_of_rows
-from bachvid.kv.pieces import (
-    Bytes,
-    by_heads,
-    checksum,
-    copy_and_sum,
-    piece_bytes,
-    piece_tensor,
-)
+from bachvid.kv.pieces import Bytes, by_heads, checksum, copy_and_sum, piece_bytes, piece_tensor
 from bachvid.layout.gangs import BRANCHES, RankShare
 from bachvid.layout.records import AttentionSite, Kind, Records
 

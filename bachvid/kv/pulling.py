@@ -71,7 +71,6 @@ class PulledPieces:
         """Start to pull what the next run reads. What the run before left unread is dropped."""
         self.close()
         self._pull = self._staged = None
-        self._num_left = 0
         self._run += 1
         run = self._run
         reads = [
@@ -79,8 +78,9 @@ class PulledPieces:
             for place, step in enumerate(steps)
             if (layers := self._layers_read(step))
         ]
-        layers = (layer for read in reads for layer in read.layers)
-        self._ahead = deque(site for layer in layers for site in sites_of(layer))
+        self._ahead = deque(
+            site for read in reads for layer in read.layers for site in sites_of(layer)
+        )
         if reads:
             joiner = BlockJoiner(
                 share=self._share, records=self._records, config_hash=self._config_hash

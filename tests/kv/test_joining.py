@@ -8,16 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recordings import (
-    CONFIG,
-    HEADS,
-    KEYS_AND_VALUES,
-    MIXED,
-    WHOLE,
-    Recording,
-    damage,
-    with_header,
-)
+from recordings import CONFIG, HEADS, KEYS_AND_VALUES, MIXED, WHOLE, Recording, damage, with_header
 
 from bachvid.errors import CacheMissError, CorruptShardError
 from bachvid.kv.joining import BlockJoiner, Layer
