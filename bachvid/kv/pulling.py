@@ -71,7 +71,6 @@ class PulledPieces:
         """Start to pull what the next run reads. What the run before left unread is dropped."""
         self.close()
         self._pull = self._staged = None
-        self._num_left = 0
         self._run += 1
         run = self._run
         reads = [

@@ -14,8 +14,8 @@ from recordings import MIXED, STEPS, Recording, damage, sent, with_header
 
 from bachvid.errors import CacheMissError, CorruptShardError
 from bachvid.kv.packing import PackedStep
-from bachvid.layout.gangs import Gang
-from bachvid.layout.records import AttentionSite
+from bachvid.layout.gangs import Branch, Gang
+from bachvid.layout.records import AttentionSite, Records, RecordSet
 
 RECORDING = Recording(rows=(0, 3, 4))  # the layers 1, 4, 5 and 8; keys and values of both branches
 FIRST = AttentionSite(0, 1, "uncond")
@@ -62,12 +62,14 @@ def test_a_step_that_is_read_again_is_fetched_for_each_of_its_places() -> None:
             assert fetch.asked == [(at, place) for at in range(run + 1) for place in range(4)]
 
 
-def test_a_step_of_one_site_comes_again_from_its_own_place() -> None:
-    versions = [Recording(MIXED, version=version) for version in range(3)]
+@pytest.mark.parametrize("branches", [("cond",), ("uncond", "cond")], ids=str)
+def test_a_step_of_one_layer_comes_again_from_its_own_place(branches: tuple[Branch, ...]) -> None:
+    records = Records((RecordSet(("query",), (4,), (0,), branches),))
+    versions = [Recording(records, version=version) for version in range(3)]
     with versions[0].pulled(lambda run, place: [versions[place].pack(0)]) as source:
         source.begin((0, 0, 0))
         for version in versions:
-            for site in MIXED.sites(0):
+            for site in records.sites(0):
                 version.check(source, site)
 
 
