@@ -38,7 +38,9 @@ class Vanilla(Method[ResolvedNone]):
         cls, config: MethodConfig, facts: ModelFacts, sampling: ResolvedSampling
     ) -> MethodConfig:
         """Fill in what the section leaves out, and check it. Raises ConfigError."""
-        resolved = resolved_section(config, ResolvedNone, **mask_defaults(facts, sampling))
+        # All words, on any model: what changes no pixel must refuse no prompt that names nothing.
+        defaults = {**mask_defaults(facts, sampling), "mask_words": "all"}
+        resolved = resolved_section(config, ResolvedNone, **defaults)
         check_mask(resolved, facts, sampling)
         return resolved
 

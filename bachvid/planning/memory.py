@@ -158,23 +158,25 @@ class _Sizes:
     injected: int
     row: int  # of all channels, of one branch
     inner_row: int  # of the inner states of a feed-forward
+    table: int  # of the cosines and sines of all video rows, in fp32
     has_rope: bool
 
     @classmethod
     def of(
         cls, config: ResolvedConfig, facts: ModelFacts, method: Method[Any], gang: Gang
     ) -> _Sizes:
-        width = DTYPE_BYTES[config.model.dtype]
+        width, layout = DTYPE_BYTES[config.model.dtype], facts.layout(config.video)
         is_whole = config.sampling.guidance_scale > 1 and gang.cfg == 1
         batch = max(len(branches) for branches in facts.passes) if is_whole else 1
         return cls(
-            layout=facts.layout(config.video),
+            layout=layout,
             ranks=gang.sequence,
             width=width,
             batch=batch,
             injected=min(batch, max(len(method.records.branches), 1)),
             row=facts.num_heads * facts.head_dim * width,
             inner_row=facts.ffn_dim * width,
+            table=2 * 4 * layout.video_tokens * facts.head_dim,
             has_rope=facts.has_rope,
         )
 
@@ -228,9 +230,8 @@ def _forward_bytes(sizes: _Sizes, facts: ModelFacts, *, injects: bool) -> int:
         places.append(sizes.own + wide + (2 if sizes.ranks > 1 else 1) * gathered)
     else:
         places.append(3 * video)
-    if facts.has_rope:  # cosines and sines in fp32
-        tables = 2 * 4 * sizes.layout.video_tokens * facts.head_dim
-        tables *= 2 if facts.traits.makes_rotary else 1
+    if facts.has_rope:
+        tables = sizes.table * (2 if facts.traits.makes_rotary else 1)
     else:  # added once to every row, kept in fp64
         tables = 8 * sizes.layout.joint_tokens * sizes.row // sizes.width
     return max(places) + tables
@@ -242,10 +243,12 @@ def _attention_bytes(sizes: _Sizes, *, injects: bool) -> int:
     The normed states, and queries, keys and values of a rank's rows; with several ranks also
     those of its heads (`controlled_attention`). Then one of three: the keys are rotated, beside
     the rotated queries, by two products in fp32 (`Rotary.rotate`); one branch attends with groups
-    (`attend`), whose keys and values of all injected branches are there, and besides all of them
-    in the buffers of this branch, the keys also rotated, and queries and results once more; or
-    the results go back to the rows in three copies, the text cut off and pads added before
-    (`_to_tokens`). No story injects more than one key for every video row, so that is counted.
+    (`attend`), beside the keys and values of all groups of all branches: its queries rotated, its
+    keys and values with room for the longest group, its results, and either a group's keys being
+    rotated, with their rows of the table, or a group's queries and results once more; or the
+    results go back to the rows in two copies, the text cut off and pads added before
+    (`JoinedGroup.to_tokens`). No story injects more than one key for every video row, in one
+    group, so that is counted.
     """
     layout = sizes.layout
     own = 4 * sizes.own + (3 * sizes.heads if sizes.ranks > 1 else 0)
@@ -258,12 +261,15 @@ def _attention_bytes(sizes: _Sizes, *, injects: bool) -> int:
         branch, keys = sizes.heads // sizes.batch, head_video // sizes.batch
         groups = 2 * sizes.injected * keys
         before = (sizes.batch - 1) * branch  # what the other branch gave
-        rotated = 2 * branch + keys if sizes.has_rope else 0
-        places.append(before + groups + rotated + 3 * branch + 4 * keys)
-        kept = groups + sizes.heads
+        buffers = 2 * (branch + keys) + branch
+        rotating = 2 * keys
+        if sizes.has_rope:
+            rotating = branch + max(3 * keys * 2 // sizes.width + sizes.table, 2 * keys)
+        places.append(before + groups + buffers + rotating)
+        kept = groups
     if sizes.ranks > 1:
         has_pads = layout.rank_tokens(sizes.ranks) * sizes.ranks != layout.video_tokens
-        copies = 3 + (layout.text_tokens > 0) + has_pads
+        copies = 2 + (layout.text_tokens > 0) + has_pads
         places.append(kept + sizes.heads + copies * sizes.own_video)
     return own + max(places)
 

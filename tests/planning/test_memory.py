@@ -296,7 +296,7 @@ def test_ranks_and_branches_apart_need_less() -> None:
     assert forward(Gang(2, 2), renders_frames=False) == pytest.approx(plain / 2, rel=0.01)
     assert forward(Gang(), "sampling.guidance_scale=1") == forward(Gang(2, 2))
     assert forward(Gang(4)) < forward(Gang(2)) < forward(Gang())
-    assert forward(Gang(), "method.branches=cond") < forward(Gang())
+    assert forward(Gang(2), "method.branches=cond") < forward(Gang(2))
     assert forward(Gang(), "method.name=none") == plain
 
 

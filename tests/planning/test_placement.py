@@ -35,17 +35,18 @@ def node(name: str = "a", *, cpus: int = 8, gpus: int = 0, store_gb: float = 100
 def execute(
     nodes: Sequence[NodeFacts], *overrides: str, frames: Sequence[int] = (2,)
 ) -> ExecutionPlan:
-    config = RenderConfig.from_yaml(None, ["method.profile=paper", *overrides])
+    method = () if "method.name=none" in overrides else ("method.profile=paper",)
+    config = RenderConfig.from_yaml(None, [*method, *overrides])
     resolved = resolve_config(config, FACTS)
-    method = build_method(resolved)
+    built = build_method(resolved)
     return plan_execution(
         ClusterFacts(tuple(nodes)),
         resolved,
         facts=FACTS,
         layout=FACTS.layout(resolved.video),
-        method=method,
+        method=built,
         frames=frames,
-        cache_bytes=records_bytes(method.records, resolved, FACTS),
+        cache_bytes=records_bytes(built.records, resolved, FACTS),
     )
 
 
