@@ -103,5 +103,8 @@ class Records:
         )
 
 
+NO_RECORDS = Records()
+
+
 def _rising(numbers: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(set(numbers)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Literal, NamedTuple, TypeVa
 from bachvid.attention.control import AttentionControl
 from bachvid.inputs.choices import MaskWords, MatchWithin
 from bachvid.inputs.sections import ResolvedSampling, Section
-from bachvid.layout.records import Records
+from bachvid.layout.records import NO_RECORDS, Records
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ class Run:
     start: Literal["noise", "source"] = "noise"
     reads: tuple[Read, ...] = ()
     records: tuple[int, ...] = ()
-    keeps: Records = Records()
+    keeps: Records = NO_RECORDS
 
     @property
     def sources(self) -> tuple[int, ...]:
@@ -152,7 +152,7 @@ class Method(Generic[ConfigT]):
     @property
     def records(self) -> Records:
         """What the identity video of a scene leaves to its frame videos."""
-        return Records()
+        return NO_RECORDS
 
     @property
     def observed_at(self) -> int | None:

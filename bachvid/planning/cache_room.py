@@ -105,15 +105,15 @@ class CacheRoom:
             )
         if most + 1 > workers:
             return "retain", (
-                f"a scene has {pluralize(most, 'frame video')}, and of {pluralize(workers, 'worker')} "
-                f"only {workers - 1} can render them while one renders the identity video; so all "
-                f"keys and values are kept, {kept}"
+                f"a scene has {pluralize(most, 'frame video')}, and of "
+                f"{pluralize(workers, 'worker')} only {workers - 1} can render them "
+                f"while one renders the identity video; so all keys and values are kept, {kept}"
             )
         can_retain = self._retain_problem() is None
         if can_retain and self._window_problem() is not None:
             return "retain", (
-                f"{pluralize(self._waves_at_once, 'wave')} at a time of {self._window} steps each do "
-                f"not fit the object store; so all keys and values are kept, {kept}"
+                f"{pluralize(self._waves_at_once, 'wave')} at a time of {self._window} steps each "
+                f"do not fit the object store; so all keys and values are kept, {kept}"
             )
         rounds = self._wave_rounds()
         slow, fast = rounds * self._wave_steps, self.num_waves("retain") * self._frame_steps
@@ -157,8 +157,8 @@ class CacheRoom:
                 waves = min(self._waves_at_once, workers)
                 return (
                     f"cache.window: is {self._window} steps of {format_bytes(self._step_bytes)}: "
-                    f"for {pluralize(waves, 'scene')} at a time that is {format_bytes(needed)}, and "
-                    f"{_store_text(node)}. Set a smaller cache.window, or fewer "
+                    f"for {pluralize(waves, 'scene')} at a time that is {format_bytes(needed)}, "
+                    f"and {_store_text(node)}. Set a smaller cache.window, or fewer "
                     f"cluster.workers, or start Ray there with {_store_option(needed)}"
                 )
         return None

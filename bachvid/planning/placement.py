@@ -1,6 +1,6 @@
 """What a cluster has, and what a render does with it: workers, waves, bytes on every node.
 
-Pure: no torch and no Ray. `bachvid.ray_backend.connection` asks a cluster; `plan_execution` is told.
+Pure: no torch and no Ray: `plan_execution` is told what a cluster has.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def plan_execution(
 
 
 def plan_gangs(config: ResolvedConfig, facts: ModelFacts) -> tuple[Gang, Gang]:
-    """Return the gangs of an identity and of a frame video. Raises ConfigError for illegal sizes."""
+    """Return the gangs of identity and frame videos. Raises ConfigError for illegal sizes."""
     asked = config.parallel
     if asked.cfg == 2 and config.sampling.guidance_scale == 1:
         raise ConfigError(

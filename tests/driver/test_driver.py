@@ -355,7 +355,10 @@ def test_method_none_is_the_model_alone(
 
 
 def test_the_driver_imports_no_torch() -> None:
-    code = "import sys, bachvid.driver.renderer; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    code = (
+        "import sys, bachvid.driver.renderer; "
+        "print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

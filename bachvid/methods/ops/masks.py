@@ -1,7 +1,7 @@
 """Foreground masks from the attention that video tokens pay to the parts of the prompt.
 
-Pure functions on tensors. Shape suffixes: see `bachvid.attention.attend`; n is a chunk of N, K the keys
-of a softmax, G segments of the prompt.
+Pure functions on tensors. Shape suffixes: see `bachvid.attention.control`; n is a chunk of N, K the
+keys of a softmax, G segments of the prompt.
 """
 
 from __future__ import annotations
