@@ -211,7 +211,9 @@ def test_a_failed_identity_fails_only_its_scene(run: Path, tiny_cogvideox_folder
 
 @pytest.mark.parametrize("key", ["identity_gpus", "gpus_per_frame_actor"])
 def test_one_process_is_no_gang(key: str, tiny_cogvideox_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"^parallel.{key}: is 2: this process is one rank; "):
+    with pytest.raises(
+        ConfigError, match=rf"^parallel.{key}: is 2: a single process has one rank; "
+    ):
         render(tiny_cogvideox_folder, tmp_path / "run", f"parallel.{key}=2")
 
 
