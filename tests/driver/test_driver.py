@@ -63,15 +63,15 @@ VIDEOS = {
 
 
 def settings(folder: Path, *overrides: str) -> RenderConfig:
+    bachvid = ["method.profile=paper", "method.inject_steps=[0, 2]"]
     return RenderConfig.from_yaml(
         None,
         [
             f"model.id={folder}",
             "model.threads=1",
             "sampling.num_steps=2",
-            "method.profile=paper",
+            *([] if "method.name=none" in overrides else bachvid),
             "method.mask_step=1",
-            "method.inject_steps=[0, 2]",
             "output.min_height=32",
             *overrides,
         ],

@@ -56,7 +56,6 @@ def hand_in(writer: Writer, run: RunDirectory, job: Job, plan: RenderPlan, frame
         frames_sha256="1",
         seconds={"main_run": 1.5},
         recoveries=("a mask was empty",),
-        cache_bytes=0,
     )
     scene, video = job.scene.scene.id, job.video.id
     files = wanted_files(run, plan.config, scene=scene, video=video)
