@@ -55,7 +55,7 @@ class Rendering:
         self._plan, self._run, self._cancelled = plan, run, cancelled
         self._writer = Writer(plan, run)
         self._known = {  # what the latents of a video must be, and what they were made with
-            key: (record.latents_sha256, record.made_with)
+            key: (record.latents_sha256, record.provenance)
             for key, record in run.contents.records.items()
         }
         self._todo = {scene.scene.id: self._missing(scene) for scene in plan.scenes}  # files
@@ -211,15 +211,15 @@ class Rendering:
     def _finish(self, finished: Finished) -> None:
         """Keep a rendered video, now that that of its identity is here, if it is no other."""
         job, scene = finished.job, finished.job.scene.scene.id
-        found = (finished.rendered.latents_sha256, finished.made_with)
-        before, made_with = self._known.setdefault((scene, job.video.id), found)
+        found = (finished.rendered.latents_sha256, finished.provenance)
+        before, provenance = self._known.setdefault((scene, job.video.id), found)
         if before != found[0]:
             self._fail(
                 job,
                 f"{scene}/{job.video.id} does not come out as it did before (latents "
                 f"{found[0][:12]}, were {before[:12]}): the same weights, versions, device and "
                 f"model.threads give the same video; it was made with "
-                f"{json.dumps(dict(made_with))}. Restore these, or render into another folder",
+                f"{json.dumps(dict(provenance))}. Restore these, or render into another folder",
             )
             return
         # An identity video that was run again has no files left to write.

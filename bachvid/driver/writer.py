@@ -185,7 +185,7 @@ class Writer:
                 seconds={**rendered.seconds, "write": round(time.perf_counter() - start, 3)},
                 cache_bytes=self._plan.cache_bytes,
                 recoveries=rendered.recoveries,
-                made_with=finished.made_with,
+                provenance=finished.provenance,
             )
         else:
             record = replace(record, files={**record.files, **digests})

@@ -33,7 +33,7 @@ class VideoRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     cache_bytes: int = 0
     recoveries: Sequence[str] = ()
-    made_with: Mapping[str, str] = field(default_factory=dict)  # versions and device
+    provenance: Mapping[str, str] = field(default_factory=dict)  # versions and device
 
 
 @dataclass(frozen=True, slots=True)

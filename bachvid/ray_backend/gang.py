@@ -59,7 +59,7 @@ class Rank:
     actor: Any
     starting: ray.ObjectRef[Any] | None
     pid: int = 0
-    made_with: Mapping[str, str] | None = None
+    provenance: Mapping[str, str] | None = None
     items: Iterator[ray.ObjectRef[Any]] | None = None
     follows: Note | None = None
     published: ray.ObjectRef[Any] | None = None
@@ -124,9 +124,9 @@ class GangWorker:
         return any(rank.starting is not None for rank in self.ranks)
 
     @property
-    def made_with(self) -> Mapping[str, str] | None:
+    def provenance(self) -> Mapping[str, str] | None:
         """What its videos are made with; None before all ranks have loaded their model."""
-        return None if self.is_starting else self.ranks[0].made_with
+        return None if self.is_starting else self.ranks[0].provenance
 
     @property
     def is_gang(self) -> bool:

@@ -62,7 +62,7 @@ class Placement:
         return [
             Slot(worker.id, worker.node, worker.place.kind)
             for worker in self._workers.values()
-            if worker.made_with is not None and worker.stream is None
+            if worker.provenance is not None and worker.stream is None
         ]
 
     def advance(self, worker: GangWorker, rank: Rank) -> list[WorkerPlaced]:
@@ -83,7 +83,7 @@ class Placement:
             raise WorkerError(f"a worker could not load the model: {first_line(error)}") from error
         rank.starting = None
         if rank.pid:
-            rank.made_with = answer
+            rank.provenance = answer
             if not worker.is_starting:
                 logger.info("worker ready id=%d", worker.id)
             return []

@@ -70,7 +70,7 @@ class RayPool:
     def is_growing(self) -> bool:
         """Whether a worker is being placed, loads its model, or ends a job that is over."""
         return any(
-            worker.made_with is None or (worker.stream is not None and worker.stream.is_over)
+            worker.provenance is None or (worker.stream is not None and worker.stream.is_over)
             for worker in self._placement.workers.values()
         )
 
@@ -257,9 +257,9 @@ class RayPool:
             said = worker.ranks[0].over
             assert said is not None
             assert said.rendered is not None
-            assert worker.made_with is not None
+            assert worker.provenance is not None
             self._placement.succeeded()
-            return [Finished(job, said.rendered, worker.made_with, said.waited)]
+            return [Finished(job, said.rendered, worker.provenance, said.waited)]
         if worker.is_gang:
             self._placement.replace(worker)
         if note.lost is not None:

@@ -64,7 +64,7 @@ class Finished:
 
     job: Job
     rendered: RenderedVideo
-    made_with: Mapping[str, str]
+    provenance: Mapping[str, str]
     waited: float = 0.0
 
 

@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 
 from bachvid.attention.control import AttentionControl
 from bachvid.attention.groups import SequenceGroup
-from bachvid.engine.results import PreviewFrames, RenderedVideo
+from bachvid.engine.results import PreviewFrames, RenderedVideo, RunStep
 from bachvid.engine.sampling import denoise
-from bachvid.engine.videos import FrameVideoActor, IdentityVideoActor
+from bachvid.engine.videos import VideoJob, render_video
 from bachvid.engine.worker import ModelWorker
 from bachvid.inputs.story import Story
-from bachvid.kv.cache import IdentityCache, MemoryKVStore
+from bachvid.kv.cache import IdentityManifest, SceneCache
 from bachvid.kv.packing import PackedStep
-from bachvid.kv.pulling import PulledKVStore
+from bachvid.kv.pulling import PulledPieces
 from bachvid.layout.gangs import Gang, overlapping_ranks
+from bachvid.methods.base import Run
 from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import RenderPlan, render_plan
 
@@ -46,11 +47,11 @@ Blocks = dict[int, PackedStep]  # of one rank, by step
 
 @dataclass(frozen=True)
 class Written:
-    """What a gang has recorded: the blocks of each rank, and the cache without a store."""
+    """What a gang has recorded: the blocks of each rank, and the manifest."""
 
     gang: Gang
     blocks: tuple[Blocks, ...]
-    cache: IdentityCache
+    manifest: IdentityManifest
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Shown:
 
     plain: NDArray[np.float32]  # latents
     identity: RenderedVideo | None
-    cache: IdentityCache
+    manifest: IdentityManifest
     frames: Mapping[str, RenderedVideo | None]  # by who wrote the keys and values
     num_previews: int
-    made_with: Mapping[str, str]
+    provenance: Mapping[str, str]
 
 
 Job = tuple[Sequence[str], Path, Sequence[str]]  # overrides, folder and reads of `show`
@@ -90,31 +91,34 @@ def show(
     plain = plain_latents(worker, plan)
 
     packer, blocks = worker.new_packer(), Blocks()
-    steps = [range(plan.config.sampling.num_steps)]
-    run = IdentityVideoActor(worker).render("forest", scene.identity, packer, records=steps)
+    steps = render_video(
+        worker,
+        VideoJob("identity", "forest", scene.identity, plan.runs("identity"), sink=packer),
+    )
     previews = 0
     while True:
         try:
-            item = next(run)
+            item = next(steps)
         except StopIteration as end:
             identity = end.value
             break
-        if isinstance(item, IdentityCache):
-            cache = replace(item, store=MemoryKVStore())
+        if isinstance(item, IdentityManifest):
+            manifest = item
         elif isinstance(item, PreviewFrames):
             previews += 1
-        elif packed := packer.take(item.step):
+        elif isinstance(item, RunStep) and (packed := packer.take(item.step)):
             blocks[item.step] = pickle.loads(pickle.dumps(packed))
-    write(folder / name_of(gang), gang, group, blocks, cache)
+    write(folder / name_of(gang), gang, group, blocks, manifest)
     frames = {writer: frame(worker, plan, folder / writer) for writer in reads}
-    return Shown(plain, identity, cache, frames, previews, worker.made_with)
+    return Shown(plain, identity, manifest, frames, previews, worker.provenance)
 
 
 def plain_latents(worker: ModelWorker, plan: RenderPlan) -> NDArray[np.float32]:
     video = plan.scenes[0].identity
     for done in denoise(
         worker.model,
-        worker.new_run(),
+        worker.new_context(),
+        Run(tuple(range(plan.config.sampling.num_steps))),
         prompt_embeds=worker.embeds[video.prompt.text],
         negative_embeds=worker.embeds[""],
         noise=worker.model.initial_noise(video.seed, plan.config.video),
@@ -127,11 +131,13 @@ def plain_latents(worker: ModelWorker, plan: RenderPlan) -> NDArray[np.float32]:
 
 
 def write(
-    path: Path, gang: Gang, group: SequenceGroup, blocks: Blocks, cache: IdentityCache
+    path: Path, gang: Gang, group: SequenceGroup, blocks: Blocks, manifest: IdentityManifest
 ) -> None:
     """Let every rank write its blocks, and wait until all of them have."""
     rank = group.cfg_rank * group.size + group.rank
-    path.with_name(f"{path.name}.{rank}").write_bytes(pickle.dumps(Written(gang, (blocks,), cache)))
+    path.with_name(f"{path.name}.{rank}").write_bytes(
+        pickle.dumps(Written(gang, (blocks,), manifest))
+    )
     if gang.size > 1:
         dist.barrier()
 
@@ -145,25 +151,25 @@ def read(path: Path) -> Written:
 def frame(worker: ModelWorker, plan: RenderPlan, path: Path) -> RenderedVideo | None:
     """Render a frame video from the blocks that this rank needs, as `overlapping` names them."""
     written, facts = read(path), worker.facts
-    cache = written.cache
-    needed = overlapping_ranks(worker.share, written.gang.shares(facts.num_heads), cache.branches)
-    store = PulledKVStore(
-        lambda run, step: [written.blocks[rank][step] for rank in needed],
+    manifest, runs = written.manifest, plan.frame_runs
+    writers = written.gang.shares(facts.num_heads)
+    needed = overlapping_ranks(worker.share, writers, manifest.records.branches)
+    reading = [run.sources for run in runs if run.reads]
+    source = PulledPieces(
+        lambda run, place: [written.blocks[rank][reading[run][place]] for rank in needed],
         share=worker.share,
-        layers=cache.layers,
-        branches=cache.branches,
+        records=manifest.records,
         passes=facts.passes,
-        config_hash=cache.config_hash,
-        nbytes=0,
+        config_hash=manifest.config_hash,
     )
-    run = FrameVideoActor(worker).render(
-        "forest", plan.scenes[0].frames[0], lambda: replace(cache, store=store)
-    )
+    scene = SceneCache(manifest, source)
+    job = VideoJob("frame", "forest", plan.scenes[0].frames[0], runs, open_scene=lambda: scene)
+    steps = render_video(worker, job)
     try:
         while True:
-            next(run)
+            next(steps)
     except StopIteration as end:
         rendered: RenderedVideo | None = end.value
         return rendered
     finally:
-        store.close()
+        source.close()

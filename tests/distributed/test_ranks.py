@@ -94,7 +94,7 @@ def shown(request: pytest.FixtureRequest, results: Results) -> Mapping[str, list
 
 def test_the_story_is_one_that_tests_something(shown: Mapping[str, list[Shown]]) -> None:
     (alone,) = shown["1x1"]
-    mask = alone.cache.foreground_mask_N
+    mask = alone.manifest.foreground_mask_N
     assert 0.1 < mask.float().mean() < 0.9
     video = alone.frames["1x1"]
     assert video is not None
@@ -123,10 +123,10 @@ def test_masks_and_features_are_the_same_on_every_rank(shown: Mapping[str, list[
     (alone,) = shown["1x1"]
     for ranks in shown.values():
         for rank in ranks:
-            assert rank.cache.foreground_mask_N.equal(alone.cache.foreground_mask_N)
-            assert rank.cache.features.keys() == alone.cache.features.keys()
-            for layer, features in alone.cache.features.items():
-                np.testing.assert_allclose(rank.cache.features[layer], features, **TOLERANCE)
+            assert rank.manifest.foreground_mask_N.equal(alone.manifest.foreground_mask_N)
+            assert rank.manifest.features.keys() == alone.manifest.features.keys()
+            for layer, features in alone.manifest.features.items():
+                np.testing.assert_allclose(rank.manifest.features[layer], features, **TOLERANCE)
 
 
 def test_frame_videos_are_those_of_one_process_whoever_recorded(
@@ -157,7 +157,7 @@ def test_one_rank_of_a_gang_sees_pixels(shown: Mapping[str, list[Shown]]) -> Non
 
 
 def test_a_video_tells_how_many_ranks_made_it(results: Results) -> None:
-    told = {name: ranks[0].made_with.get("ranks") for name, ranks in results["rope"].items()}
+    told = {name: ranks[0].provenance.get("ranks") for name, ranks in results["rope"].items()}
     wanted = {"1x1": None, "2x1": "2", "3x1": "3", "1x2": "1 x cfg 2", "2x2": "2 x cfg 2"}
     assert told == {**wanted, "last": None}
     assert results["rope"]["1x1"][0].num_previews == 1

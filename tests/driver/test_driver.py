@@ -27,6 +27,7 @@ from bachvid.engine.sampling import denoise
 from bachvid.engine.worker import ModelWorker, array_sha256
 from bachvid.errors import ConfigError, WorkerError
 from bachvid.inputs.story import Story
+from bachvid.methods.base import Run
 from bachvid.output.journal import read_run
 from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import render_plan
@@ -125,7 +126,7 @@ def test_every_video_is_rendered_and_told_of(finished: tuple[Path, list[Event]])
     assert [e.cache_bytes for e in published] == [72 * 32 * 4 * 2 * 3 * 2 * 2] * 2
     manifest = json.loads((out / "manifest.json").read_text())
     assert {(v["scene"], v["video"]) for v in manifest["videos"]} == VIDEOS
-    assert manifest["videos"][0]["made_with"]["device"] == "cpu"
+    assert manifest["videos"][0]["provenance"]["device"] == "cpu"
 
 
 def test_every_file_of_a_run_is_there(finished: tuple[Path, list[Event]]) -> None:
@@ -345,7 +346,8 @@ def test_method_none_is_the_model_alone(
     video = plan.scenes[0].frames[0]
     *_, (_, latents, _) = denoise(
         worker.model,
-        worker.new_run(),
+        worker.new_context(),
+        Run((0, 1)),
         prompt_embeds=worker.model.encode_prompts([video.prompt]),
         negative_embeds=worker.model.encode_prompts([Prompt("")]),
         noise=worker.model.initial_noise(video.seed, plan.config.video),

@@ -58,7 +58,7 @@ def hand_in(writer: Writer, run: RunDirectory, job: Job, plan: RenderPlan, frame
         recoveries=("a mask was empty",),
     )
     scene, video = job.scene.scene.id, job.video.id
-    files = wanted_files(run, plan.config, scene=scene, video=video)
+    files = wanted_files(run, plan, scene=scene, video=video)
     writer.video(
         Finished(job, rendered, {"device": "cpu"}, waited=0.25),
         {"mp4": files["mp4"]},

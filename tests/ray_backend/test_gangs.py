@@ -83,7 +83,7 @@ def test_a_gang_gives_the_videos_of_one_process(
     events = render(tiny_cogvideox_folder, tmp_path / "run", *gangs, address=two_nodes.address)
     assert not [event for event in events if isinstance(event, Failed)]
     assert_same_videos(latents(tmp_path / "run"), latents(tmp_path / "here"))
-    ranks = {r.made_with.get("ranks") for r in read_run(tmp_path / "run").records.values()}
+    ranks = {r.provenance.get("ranks") for r in read_run(tmp_path / "run").records.values()}
     assert "2" in ranks
 
 

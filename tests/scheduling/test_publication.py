@@ -18,9 +18,7 @@ def window(size: int = 2) -> Publication[str, str]:
 
 
 def test_retained_parts_serve_every_run_and_stay() -> None:
-    scene: Publication[str, str] = Publication(
-        ReadingOrder(METHOD, is_window=False), window=None
-    )
+    scene: Publication[str, str] = Publication(ReadingOrder(METHOD, is_window=False), window=None)
     assert (scene.num_parts, scene.credit) == (4, 4)
     scene.join("jumps")
     for part in range(4):
