@@ -26,7 +26,6 @@ from bachvid.driver.renderer import StoryRenderer
 from bachvid.errors import ConfigError
 from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import render_plan
-from bachvid.planning.resolve import recorded_steps
 from bachvid.ray_backend.connection import ray_connection
 from bachvid.scheduling.publication import Publication
 
@@ -49,7 +48,7 @@ def large(folder: Path, *overrides: str) -> RenderConfig:
 
 def step_bytes(config: RenderConfig) -> float:
     plan = render_plan(STORY, config)
-    return plan.cache_bytes / len(recorded_steps(plan.config.method))
+    return plan.cache_bytes / plan.reading.num_parts
 
 
 @pytest.fixture(scope="module")
