@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from bachvid.attention.context import RunContext
+from bachvid.attention.groups import ALONE
 from bachvid.catalog.registry import load_facts
 from bachvid.inputs.choices import Dtype, SchedulerName
 from bachvid.inputs.sections import ModelConfig, ResolvedSampling, ResolvedVideo
@@ -205,7 +206,7 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
 
 def load_tiny(folder: Path, dtype: Dtype | None = None) -> VideoModel:
     config = ModelConfig(id=str(folder), device="cpu", dtype=dtype)
-    return load_model(config, load_facts(config))
+    return load_model(config, load_facts(config), ALONE)
 
 
 def context_of(model: VideoModel, video: ResolvedVideo = VIDEO) -> RunContext:

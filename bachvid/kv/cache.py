@@ -1,20 +1,20 @@
 """What an identity video leaves to the frame videos of its scene: a manifest, and pieces.
 
-Knows no model and no method. Shape suffixes: see `bachvid.attention.control`.
+Knows no model and no method, and imports no torch. Shape suffixes: see `bachvid.attention.control`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from bachvid.errors import CacheMissError, LayoutError
 from bachvid.layout.records import AttentionSite, Kind, Records
 from bachvid.layout.tokens import TokenLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAME_CONFIG = "render the identity video and its frame videos with the same story and config"
 
@@ -45,7 +45,7 @@ def have_same_rows(first: Tensor | None, second: Tensor | None) -> bool:
     """Whether two `positions_M` are the same row set; None is the set of all rows."""
     if first is None or second is None:
         return first is second
-    return first is second or torch.equal(first, second)
+    return first is second or first.equal(second)
 
 
 class PieceSink(Protocol):

@@ -156,6 +156,8 @@ def evaluate_run(path: Path, *, judge: ReadClips | None = None) -> Evaluation:
             "frames were read back from mp4 (lossy); for exact values render into the same folder "
             "again with --set output.frames=true"
         )
+    if judge is None and not any(run.file(*video, _mask_of(video[1])) for video in run.records):
+        notes.append(f"the method {config.method.name} takes no masks: no pixels were measured")
     found: list[Measurement] = []
     for scene in story.scenes:
         found += _measure_records(run, scene)
@@ -182,6 +184,8 @@ def _load_clips(run: RunContents, scene: Scene, judge: ReadClips | None) -> _Cli
     records = [run.records[scene.id, name] for name in names if (scene.id, name) in run.records]
     if not records:
         return None
+    if judge is None and run.file(scene.id, records[0].video, _mask_of(records[0].video)) is None:
+        return None
     frames = np.stack([_load_frames(run, record) for record in records])
     if judge is not None:
         reading = judge(frames)
@@ -202,7 +206,7 @@ def _load_frames(run: RunContents, record: VideoRecord) -> NDArray[np.uint8]:
 def _load_mask(
     run: RunContents, record: VideoRecord, frames: NDArray[np.uint8]
 ) -> NDArray[np.bool_]:
-    path = _file(run, record, f"masks/{record.video}.npz")
+    path = _file(run, record, _mask_of(record.video))
     with np.load(path, allow_pickle=False) as arrays:
         tokens: NDArray[np.bool_] = arrays["foreground"]
     num_frames, height, width, _ = frames.shape
@@ -210,9 +214,13 @@ def _load_mask(
     return upsample_foreground(tokens, temporal_ratio=ratio, height=height, width=width)
 
 
+def _mask_of(video: str) -> str:
+    return f"masks/{video}.npz"
+
+
 def _file(run: RunContents, record: VideoRecord, suffix: str) -> Path:
     path = run.file(record.scene, record.video, suffix)
-    assert path is not None  # every record has an mp4 and a mask
+    assert path is not None  # every record has an mp4, and a mask if its method takes any
     if not path.exists():
         raise ConfigError(f"{path} is gone: render the story into {run.path} again to restore it")
     return path

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from bachvid.attention.groups import ALONE, SequenceGroup
 from bachvid.catalog.facts import ModelFacts
 from bachvid.errors import ModelSupportError
 from bachvid.inputs.sections import ModelConfig
-from bachvid.models.base import VideoModel
+
+if TYPE_CHECKING:
+    from bachvid.attention.groups import SequenceGroup
+    from bachvid.models.base import VideoModel
 
 ADAPTERS: dict[str, str] = {
     "cogvideox": "bachvid.models.cogvideox:load_cogvideox",
@@ -17,7 +20,7 @@ ADAPTERS: dict[str, str] = {
 """What loads a model of a family, as module:function. Its facts: `bachvid.catalog.registry`."""
 
 
-def load_model(config: ModelConfig, facts: ModelFacts, group: SequenceGroup = ALONE) -> VideoModel:
+def load_model(config: ModelConfig, facts: ModelFacts, group: SequenceGroup) -> VideoModel:
     """Load the weights of the model that `facts` describes, as one rank of `group`.
 
     Raises:

@@ -21,7 +21,7 @@ from bachvid.atomic import write_atomically
 from bachvid.engine.results import Foreground, Frames
 from bachvid.inputs.story import IDENTITY_ID
 from bachvid.output.journal import RunHeader
-from bachvid.output.mp4 import read_metadata, read_mp4, write_mp4
+from bachvid.output.mp4 import Metadata, read_metadata, read_mp4, write_mp4
 from bachvid.output.overlays import match_rows, overlay_mask, upsample_foreground
 from bachvid.output.pixels import enlarge, enlargement
 from bachvid.output.run_directory import RunDirectory
@@ -30,7 +30,7 @@ from bachvid.planning.config import ResolvedConfig
 from bachvid.planning.plan import RenderPlan, ScenePlan, VideoPlan
 
 if TYPE_CHECKING:
-    from bachvid.engine.results import MatchedTokens, RenderedVideo
+    from bachvid.engine.results import RenderedVideo
 
 ENLARGEMENT = "enlargement"  # metadata key of an mp4
 
@@ -95,42 +95,29 @@ def write_files(
             rendered.foreground, temporal_ratio=temporal_ratio, height=height, width=width
         )
 
-    def write_video(path: Path) -> None:
-        write_mp4(
+    metadata: Metadata = {
+        "bachvid": __version__,
+        "prompt": video.prompt.text,
+        "seed": video.seed,
+        "config_sha256": config_sha256,
+        "frames_sha256": rendered.frames_sha256,
+        ENLARGEMENT: factor,
+    }
+    writers: dict[str, Callable[[Path], None]] = {
+        "mp4": lambda path: write_mp4(
             enlarge(frames, factor),
             path,
             fps=config.output.fps,
             crf=config.output.crf,
-            metadata={
-                "bachvid": __version__,
-                "prompt": video.prompt.text,
-                "seed": video.seed,
-                "config_sha256": config_sha256,
-                "frames_sha256": rendered.frames_sha256,
-                ENLARGEMENT: factor,
-            },
-        )
-
-    def write_match(path: Path) -> None:
-        assert rendered.matched is not None
-        assert identity.foreground is not None, "what is matched has a mask"
-        _write_match_overlay(
-            path,
-            video=video,
-            rendered=rendered,
-            identity=identity,
-            matched=rendered.matched,
-            identity_foreground=identity.foreground,
-            temporal_ratio=temporal_ratio,
-        )
-
-    writers: dict[str, Callable[[Path], None]] = {
-        "mp4": write_video,
+            metadata=metadata,
+        ),
         "mask": lambda path: _write_arrays(path, **in_tokens),
         "mask_overlay": lambda path: _write_mask_overlay(
             path, video=video, frames=frames, **in_pixels
         ),
-        "match_overlay": write_match,
+        "match_overlay": lambda path: _write_match_overlay(
+            path, video=video, rendered=rendered, identity=identity, temporal_ratio=temporal_ratio
+        ),
         "frames": lambda path: _write_arrays(
             path, frames=frames, latents=rendered.latents, **in_pixels
         ),
@@ -219,14 +206,15 @@ def _write_match_overlay(
     video: VideoPlan,
     rendered: RenderedVideo,
     identity: IdentityPicture,
-    matched: MatchedTokens,
-    identity_foreground: Foreground,
     temporal_ratio: int,
 ) -> None:
+    matched = rendered.matched
+    assert matched is not None, "of a method that shows no match none is wanted"
+    assert identity.foreground is not None, "what is matched has a mask"
     rows: Sequence[SheetRow] = match_rows(
         identity_frames=identity.frames,
         frame_frames=rendered.frames,
-        identity_foreground=identity_foreground,
+        identity_foreground=identity.foreground,
         match_index=matched.index_N,
         matched=matched.used,
         temporal_ratio=temporal_ratio,

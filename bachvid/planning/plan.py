@@ -137,13 +137,7 @@ def render_plan(
     if facts.vocabulary:
         story = respell_story(story, facts.vocabulary, source=source)
         check_negative(resolved.sampling.negative_prompt, facts.vocabulary)
-    tokenizer: PromptTokenizer | None = None
-    try:
-        tokenizer = PromptTokenizer.load(facts, revision=resolved.model.revision, download=download)
-    except ModelSupportError as error:
-        if facts.folder or download:  # without it nothing will render
-            raise
-        notes.append(f"{error}; tokens are counted, and their limit checked, when rendering starts")
+    tokenizer = _load_tokenizer(facts, resolved, notes, download=download)
     scenes = _plan_scenes(story, resolved, method.mask_words, tokenizer, source=source)
     cache_bytes = records_bytes(method.records, resolved, facts)
     execution = None
@@ -173,6 +167,19 @@ def render_plan(
         notes=tuple(notes),
         execution=execution,
     )
+
+
+def _load_tokenizer(
+    facts: ModelFacts, config: ResolvedConfig, notes: list[str], *, download: bool
+) -> PromptTokenizer | None:
+    """Return the model's tokenizer; None, and a note, if it can be had when rendering starts."""
+    try:
+        return PromptTokenizer.load(facts, revision=config.model.revision, download=download)
+    except ModelSupportError as error:
+        if facts.folder or download:  # without it nothing will render
+            raise
+        notes.append(f"{error}; tokens are counted, and their limit checked, when rendering starts")
+        return None
 
 
 def records_bytes(records: Records, config: ResolvedConfig, facts: ModelFacts) -> int:

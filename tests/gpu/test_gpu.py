@@ -169,7 +169,7 @@ def test_offload_leaves_one_component_at_a_time_on_the_gpu(
     facts = load_facts(config)
     video = resolve_config(RenderConfig.from_yaml(None, SIZES), facts).video
     before = held_bytes()
-    model: VideoModel = load_model(config, facts)
+    model: VideoModel = load_model(config, facts, ALONE)
     assert held_bytes() == before
     embeds_PTC = model.encode_prompts([Prompt("a red robot")])
     model.free_text_encoder()

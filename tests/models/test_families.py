@@ -28,6 +28,7 @@ from tiny_families import (
 )
 
 from bachvid.attention.control import AttentionControl
+from bachvid.attention.groups import ALONE
 from bachvid.catalog.registry import load_facts
 from bachvid.engine.sampling import denoise
 from bachvid.errors import BachvidError, ConfigError, ModelSupportError
@@ -271,7 +272,7 @@ def test_offload_changes_no_bit(folder: Path) -> None:
     found = []
     for offload in ("none", "model"):
         config = ModelConfig.model_validate({"id": str(folder), "offload": offload})
-        model = load_model(config, load_facts(config))
+        model = load_model(config, load_facts(config), ALONE)
         embeds_PTC = model.encode_prompts([PROMPT, Prompt("")])
         model.free_text_encoder()
         steps = denoise(
@@ -523,14 +524,14 @@ def test_a_hub_model_that_cannot_be_had_is_refused(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = ModelConfig(id=hub_id, revision="no-such-revision", device="cpu")
     with pytest.raises(ConfigError, match=rf"'{hub_id}': .*model_index.json.*revision"):
-        load_model(config, load_facts(config))
+        load_model(config, load_facts(config), ALONE)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_a_gpu_that_is_not_there_is_refused(folder: Path) -> None:
     config = ModelConfig(id=str(folder), device="cuda")
     with pytest.raises(ConfigError, match="torch sees no GPU"):
-        load_model(config, load_facts(config))
+        load_model(config, load_facts(config), ALONE)
 
 
 def test_a_dtype_can_be_chosen(folder: Path) -> None:
@@ -546,4 +547,4 @@ def test_a_family_without_an_adapter_is_refused(model: VideoModel) -> None:
     with pytest.raises(
         ModelSupportError, match="family 'pong': bachvid has adapters for cogvideox"
     ):
-        load_model(ModelConfig(id="pong"), facts)
+        load_model(ModelConfig(id="pong"), facts, ALONE)
