@@ -10,7 +10,7 @@ import test_plugins
 from clusters import cluster_of
 
 
-@pytest.mark.parametrize("policy", ["window", "retain"])
+@pytest.mark.parametrize("policy", ["window", pytest.param("retain", marks=pytest.mark.slow)])
 def test_both_toys_are_rendered_on_a_cluster(
     policy: str, tiny_cogvideox_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
