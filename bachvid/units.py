@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def format_bytes(count: int) -> str:
-    """Return a count of bytes in decimal units, as disks and memory are sold."""
+    """Format a byte count in decimal units (1 GB = 10^9 bytes)."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

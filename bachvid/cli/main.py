@@ -1,4 +1,4 @@
-"""The command line: parses, prints, sets up logging. Whatever is slow to import comes later.
+"""The command line: parses, prints, sets up logging. Slow imports are deferred.
 
 Exit codes: 0 done, 1 some videos failed, 2 bad input, 130 cancelled by Ctrl-C, 143 by SIGTERM (as
 `ray job stop` sends it).
@@ -33,13 +33,19 @@ _CANCELLED = 128  # and the number of the signal, as shells count
 
 _STORY = click.argument("story", type=click.Path(path_type=Path))
 _CONFIG = click.option(
-    "--config", type=click.Path(path_type=Path), help="Config file; without it the embedded model."
+    "--config",
+    type=click.Path(path_type=Path),
+    help="Config file (default: the embedded storybook model).",
 )
 _SET = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As method.profile=fast."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a config key, e.g. method.profile=fast.",
 )
 _ADDRESS = click.option(
-    "--address", help='Ray cluster: "auto", "local" or host:port. Without it: this process alone.'
+    "--address", help='Ray cluster: "auto", "local" or host:port (default: this process alone).'
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 _VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Log every stage to stderr.")
@@ -75,7 +81,7 @@ def main() -> None:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Run directory; runs/<name of STORY> if not given.",
+    help="Run directory (default: runs/<name of STORY>).",
 )
 @_ADDRESS
 @_SET

@@ -44,6 +44,7 @@ from bachvid.scheduling.pool import (
     WorkerPlaced,
 )
 from bachvid.scheduling.schedule import SceneWork, Schedule
+from bachvid.units import pluralize
 
 logger = logging.getLogger(__name__)
 
@@ -198,10 +199,11 @@ class Rendering:
                 yield Lost(scene, job.video.id, message.reason)
                 self._lost.add(scene)
                 if not schedule.lost(scene, job.video.id):
-                    self._fail(job, f"was lost again and again: {message.reason}")
+                    times = pluralize(schedule.losses(scene, job.video.id), "time")
+                    self._fail(job, f"was lost {times}: {message.reason}")
                 if isinstance(message, CacheLost) and not schedule.identity_lost(scene):
                     identity = Job(job.scene, job.scene.identity)
-                    self._fail(identity, f"its keys and values: {message.reason}")
+                    self._fail(identity, f"what it recorded was lost: {message.reason}")
 
     def _tell(self, job: Job, event: VideoEvent) -> Iterator[Event]:
         """Yield an event, or leave it to the writer if one of the same video must come before."""

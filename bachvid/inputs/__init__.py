@@ -1,1 +1,1 @@
-"""Room."""
+"""What a person writes: stories and configs. No torch."""

@@ -269,9 +269,9 @@ def _measure_reading(
         "character": scene.character,
         "action": next(action.text for action in scene.actions if action.id == video),
     }
-    seen = {part: getattr(reading, part)[index] for part in asked}
-    for part, value in prompt_accuracy(asked, seen).items():
-        yield Measurement(f"prompt_{part}", scene.id, video, "", value)
+    seen = {segment: getattr(reading, segment)[index] for segment in asked}
+    for segment, value in prompt_accuracy(asked, seen).items():
+        yield Measurement(f"prompt_{segment}", scene.id, video, "", value)
     if records[0].video == IDENTITY_ID:
         agreement = attribute_agreement(reading.attributes, identity=0, video=index)
         for name, value in agreement.items():

@@ -28,7 +28,7 @@ _MOST_NODES_NAMED = 8
 
 @dataclass(frozen=True, slots=True)
 class NodePlan:
-    """What a render takes of one node. `cache_bytes` of keys and values are there at most."""
+    """What a render takes of one node. At most `cache_bytes` of pieces reside there."""
 
     id: str
     name: str

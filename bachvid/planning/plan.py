@@ -24,7 +24,7 @@ from bachvid.planning.memory import PlannedMemory, plan_memory
 from bachvid.planning.nodes import ClusterFacts
 from bachvid.planning.placement import ExecutionPlan, plan_execution, plan_gangs
 from bachvid.planning.resolve import build_method, resolve_config
-from bachvid.prompts.compose import Prompt, PromptPart, compose_prompt
+from bachvid.prompts.compose import Prompt, Segment, compose_prompt
 from bachvid.prompts.tokenizer import PromptTokenizer, TokenizedPrompt
 from bachvid.prompts.vocabulary import check_negative, clean_story, respell_story, words_of_masks
 
@@ -209,7 +209,7 @@ def _plan_scenes(
         scene: Scene,
         action: Action | None,
         path: str,
-        words: dict[PromptPart, tuple[Range, ...]],
+        words: dict[Segment, tuple[Range, ...]],
     ) -> VideoPlan:
         text = action.text if action else scene.identity
         prompt = compose_prompt(scene.background, scene.character, text, words=words)
@@ -224,7 +224,7 @@ def _plan_scenes(
     scenes = []
     for number, scene in enumerate(story.scenes):
         where = f"{source}: scenes[{number}]"
-        words: dict[PromptPart, tuple[Range, ...]] = {}
+        words: dict[Segment, tuple[Range, ...]] = {}
         try:
             words = words_of_masks(scene, mask_words)
         except ConfigError as error:

@@ -12,7 +12,7 @@ from bachvid.layout.gangs import Gang
 from bachvid.planning.memory import PlannedMemory, RankMemory
 from bachvid.planning.placement import ExecutionPlan
 from bachvid.planning.plan import RenderPlan, ScenePlan, VideoPlan
-from bachvid.prompts.compose import PromptPart
+from bachvid.prompts.compose import Segment
 from bachvid.units import format_bytes, pluralize
 
 OFFLOADS: tuple[Offload, ...] = ("none", "model")
@@ -57,7 +57,9 @@ def plan_json(plan: RenderPlan) -> dict[str, JsonValue]:
         "scenes": [
             {
                 "id": scene.scene.id,
-                "mask_words": {part: list(words) for part, words in _mask_words(scene).items()},
+                "mask_words": {
+                    segment: list(words) for segment, words in _mask_words(scene).items()
+                },
                 "videos": [_video_json(video) for video in scene.videos],
             }
             for scene in plan.scenes
@@ -98,7 +100,7 @@ def _memory_lines(memory: PlannedMemory, offload: Offload) -> list[str]:
     }
     if most:
         lines.append(
-            f"offload   {offload}; model.offload=model holds only the part that works on the GPU: "
+            f"offload   {offload}; model.offload=model holds only the component in use on the GPU: "
             f"at most {format_bytes(most['model'])}, and {format_bytes(most['none'])} without it"
         )
     return lines
@@ -170,17 +172,19 @@ def _gang_text(gang: Gang) -> str:
     return pluralize(gang.size, "rank") + halves
 
 
-def _mask_words(scene: ScenePlan) -> dict[PromptPart, tuple[str, ...]]:
-    """Return the words whose attention makes the masks; none: those of the whole part."""
-    parts: tuple[PromptPart, ...] = ("character", "background")
-    return {part: scene.identity.prompt.words(part) for part in parts}
+def _mask_words(scene: ScenePlan) -> dict[Segment, tuple[str, ...]]:
+    """Return the words whose attention makes the masks; none: those of the whole segment."""
+    segments: tuple[Segment, ...] = ("character", "background")
+    return {segment: scene.identity.prompt.words(segment) for segment in segments}
 
 
 def _video_facts(video: VideoPlan, plan: RenderPlan) -> str:
     seed = f"seed {video.seed}"
     if video.tokens is None:
         return f"{seed}, tokens not counted"
-    spans = ", ".join(f"{part} {_rows_text(rows)}" for part, rows in video.tokens.rows.items())
+    spans = ", ".join(
+        f"{segment} {_rows_text(rows)}" for segment, rows in video.tokens.rows.items()
+    )
     return f"{seed}, {video.tokens.num_tokens} of {plan.facts.text_tokens} tokens: {spans}"
 
 
@@ -201,11 +205,11 @@ def _time_text(plan: RenderPlan) -> str:
 
 def _video_json(video: VideoPlan) -> dict[str, JsonValue]:
     tokens = video.tokens
-    spans: Mapping[PromptPart, tuple[int, ...]] = tokens.rows if tokens else {}
+    spans: Mapping[Segment, tuple[int, ...]] = tokens.rows if tokens else {}
     return {
         "id": video.id,
         "prompt": video.prompt.text,
         "seed": video.seed,
         "tokens": tokens.num_tokens if tokens else None,
-        "spans": {part: list(rows) for part, rows in spans.items()},
+        "spans": {segment: list(rows) for segment, rows in spans.items()},
     }

@@ -1,1 +1,1 @@
-"""Room."""
+"""The text that a model reads, and which tokens are whose. No torch."""

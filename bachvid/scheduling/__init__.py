@@ -1,1 +1,1 @@
-"""Room."""
+"""Which worker renders what next: decisions and messages, pure."""

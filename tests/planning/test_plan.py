@@ -185,7 +185,7 @@ def test_the_words_that_make_masks_are_shown(story: Story, folder: Path, tmp_pat
     assert plan.scenes[0].frames[0].tokens is not None
     assert plan.scenes[0].frames[0].tokens.rows["character"] == (5,)
 
-    plan = plan_with(story, folder)  # a CogVideoX: whole parts
+    plan = plan_with(story, folder)  # a CogVideoX: whole segments
     assert "masks by" not in plan_text(plan)
     assert any("the story's nouns are not used" in note for note in plan.notes)
 
@@ -263,7 +263,7 @@ def test_the_plan_tells_the_memory_of_a_gpu_with_and_without_offload(story: Stor
         "is freed then), 14.2 GB to denoise (weights 11.1 GB) and 15.6 GB to decode"
     )
     assert offload == (
-        "offload   none; model.offload=model holds only the part that works on the GPU: at most "
+        "offload   none; model.offload=model holds only the component in use on the GPU: at most "
         "13.8 GB, and 21.1 GB without it"
     )
     frame = json.loads(json.dumps(plan_json(plan)))["memory"]["frame"]

@@ -160,7 +160,7 @@ def test_a_scene_whose_identity_video_dies_twice_fails_alone(
     assert len(killed) == 2
     assert sorted(failed) == [("forest", video) for video in ("identity", "jumps", "waves")]
     for error in failed.values():
-        assert error.startswith("was lost again and again: ")
+        assert error.startswith("was lost 2 times: ")
     assert hashes(tmp_path) == {k: v for k, v in expected.items() if k[0] == "sea"}
     with StoryRenderer(config, tmp_path, address=three_nodes.address) as renderer:
         list(renderer.stream(STORY))

@@ -1,1 +1,1 @@
-"""Room."""
+"""How the embedded models were trained."""
