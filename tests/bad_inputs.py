@@ -431,12 +431,12 @@ BAD_CONFIGS: dict[str, tuple[str, str]] = {
     ),
     "model id": (
         "model: {id: story book}\n",
-        "model.id: is 'story book': must be 'storybook' or 'storybook-wan', a folder that exists, "
+        "model.id: is 'story book': must be 'storybook', 'storybook-wan', a folder that exists, "
         "or a Hub id as 'THUDM/CogVideoX-5b'. Did you mean \"storybook\"?",
     ),
     "model id missing folder": (
         "model: {id: ./nowhere}\n",
-        "model.id: is './nowhere': must be 'storybook' or 'storybook-wan', a folder that exists, "
+        "model.id: is './nowhere': must be 'storybook', 'storybook-wan', a folder that exists, "
         "or a Hub id as 'THUDM/CogVideoX-5b'.",
     ),
     "threads": ("model: {threads: 0}\n", "CONFIG: model.threads: is 0: must be >= 1"),

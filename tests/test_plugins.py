@@ -6,10 +6,11 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import toy_method  # registers the toys
+import toy_method
 
 from bachvid import RenderConfig, Story, StoryRenderer
 from bachvid.driver.events import Done, Failed
@@ -56,6 +57,16 @@ def render(config: RenderConfig, out: Path, *, address: str | None = None) -> di
     assert not [event for event in events if isinstance(event, Failed)]
     assert {(e.scene, e.video) for e in events if isinstance(e, Done)} == VIDEOS
     return {video: record.latents_sha256 for (_, video), record in read_run(out).records.items()}
+
+
+toy_method.unregister()  # all other tests see the registries of the package
+
+
+@pytest.fixture(autouse=True)
+def toys() -> Iterator[None]:
+    toy_method.register()
+    yield
+    toy_method.unregister()
 
 
 @pytest.fixture

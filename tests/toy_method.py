@@ -74,6 +74,21 @@ class Blender(RunControl):
         return qkv._replace(value_BSHD=value_BSHD)
 
 
-METHODS["toy"] = "toy_method:ToyMethod"
-FAMILIES["toy"] = "toy_catalog"
-ADAPTERS["toy"] = "toy_model:load_toy"
+LINES = (
+    (METHODS, "toy_method:ToyMethod"),
+    (FAMILIES, "toy_catalog"),
+    (ADAPTERS, "toy_model:load_toy"),
+)
+
+
+def register() -> None:
+    for registry, line in LINES:
+        registry["toy"] = line
+
+
+def unregister() -> None:
+    for registry, _ in LINES:
+        registry.pop("toy", None)
+
+
+register()

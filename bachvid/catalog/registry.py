@@ -16,6 +16,7 @@ from bachvid.catalog.profiles import AttentionFacts, DefaultFacts
 from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.inputs.sections import ModelConfig
 from bachvid.inputs.strict_yaml import did_you_mean, quote
+from bachvid.units import join_words
 
 FAMILIES: dict[str, str] = {
     "cogvideox": "bachvid.catalog.cogvideox",
@@ -59,7 +60,7 @@ def load_facts(model: ModelConfig) -> ModelFacts:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model.id):
         guess = did_you_mean(model.id, [*EMBEDDED, *published])
         raise ConfigError(
-            f"model.id: is {quote(model.id)}: must be {' or '.join(map(repr, EMBEDDED))}, a folder "
+            f"model.id: is {quote(model.id)}: must be {', '.join(map(repr, EMBEDDED))}, a folder "
             f"that exists, or a Hub id as 'THUDM/CogVideoX-5b'.{guess}"
         )
     return read_facts(download_json(model), name=model.id)
@@ -71,8 +72,8 @@ def read_facts(folder: Path, *, name: str) -> ModelFacts:
     families = {family.traits.pipeline: family for family in load_families()}
     if index.class_name not in families:
         raise ModelSupportError(
-            f"{folder}: is a {index.class_name}: only {' and '.join(families)}, which make videos "
-            f"from text, are supported"
+            f"{folder}: is a {index.class_name}: only {join_words(families, 'and')}, which make "
+            f"videos from text, are supported"
         )
     facts = families[index.class_name].read(folder, name)
     return _with_own_facts(facts, folder / "storybook.json")

@@ -26,6 +26,7 @@ from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.inputs.sections import ModelConfig
 from bachvid.models.base import TextEncoder, VideoModel, choose_device
 from bachvid.prompts.tokenizer import PromptTokenizer
+from bachvid.units import join_words
 
 AdapterT = TypeVar("AdapterT", bound=VideoModel)
 LoadedT = TypeVar("LoadedT")
@@ -164,7 +165,7 @@ class ComponentLoader:
         if class_name not in legal:
             raise ModelSupportError(
                 f"model.id {self._config.id!r} has a {class_name} as its {name}: the adapter for "
-                f"{self._facts.family} knows {' and '.join(legal)}; choose a model with these"
+                f"{self._facts.family} knows {join_words(legal, 'and')}; choose a model with these"
             )
 
 

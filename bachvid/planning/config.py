@@ -41,6 +41,7 @@ from bachvid.inputs.strict_yaml import (
 )
 from bachvid.methods.base import MethodConfig
 from bachvid.methods.registry import DEFAULT_METHOD, METHODS, method_class
+from bachvid.units import join_words
 
 INDECISIVE = ("output", "cache", "cluster", "parallel")  # sections that do not decide the pixels
 
@@ -141,7 +142,7 @@ def _method_name(values: Mapping[Any, object], source: Callable[[Location], str]
     name = section.get("name", DEFAULT_METHOD) if isinstance(section, dict) else DEFAULT_METHOD
     if isinstance(name, str) and name in METHODS:
         return name
-    known = " or ".join(map(repr, METHODS))
+    known = join_words(map(repr, METHODS), "or")
     guess = did_you_mean(str(name), list(METHODS))
     raise ConfigError(
         f"{source(('method', 'name'))}: method.name: is {quote(name)}: must be {known}.{guess}"

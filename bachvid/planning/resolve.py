@@ -18,6 +18,7 @@ from bachvid.inputs.words import clean_text
 from bachvid.methods.base import Method
 from bachvid.methods.registry import method_class
 from bachvid.planning.config import RenderConfig, ResolvedConfig
+from bachvid.units import join_words
 
 
 def resolve_config(config: RenderConfig, facts: ModelFacts) -> ResolvedConfig:
@@ -48,7 +49,7 @@ def resolve_config(config: RenderConfig, facts: ModelFacts) -> ResolvedConfig:
     if sampling.scheduler not in facts.schedulers:
         raise ConfigError(
             f"sampling.scheduler: is {quote(sampling.scheduler)}: {facts.name} is of the family "
-            f"{facts.family}, which has {' and '.join(facts.schedulers)}"
+            f"{facts.family}, which has {join_words(facts.schedulers, 'and')}"
         )
     return ResolvedConfig(
         model=resolved_section(config.model, ResolvedModel, dtype=defaults.dtype),

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import test_plugins
-from clusters import cluster_of
+from ray.cluster_utils import Cluster
+from test_plugins import toys
+
+__all__ = ["toys"]  # a fixture of every test here
 
 
 @pytest.mark.parametrize("policy", ["window", pytest.param("retain", marks=pytest.mark.slow)])
 def test_both_toys_are_rendered_on_a_cluster(
-    policy: str, tiny_cogvideox_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    policy: str, three_nodes: Cluster, tiny_cogvideox_folder: Path, tmp_path: Path
 ) -> None:
-    tests = Path(test_plugins.__file__).parent
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
-    )
     folder = test_plugins.toy_folder(tiny_cogvideox_folder, tmp_path / "toy")
     expected = test_plugins.render(test_plugins.settings(folder), tmp_path / "here")
-    config = test_plugins.settings(folder, f"cache.policy={policy}")
-    with cluster_of(2) as cluster:
-        assert test_plugins.render(config, tmp_path / "there", address=cluster.address) == expected
+    there = test_plugins.settings(folder, f"cache.policy={policy}", "cluster.workers=2")
+    found = test_plugins.render(there, tmp_path / "there", address=three_nodes.address)
+    assert found == expected

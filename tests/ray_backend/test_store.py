@@ -279,8 +279,8 @@ def test_the_terminal_shows_our_words_when_a_node_is_lost(
 def test_a_store_that_is_full_fails_the_scene_in_our_words(
     tiny_cogvideox_folder: Path, expected: Hashes, tmp_path: Path
 ) -> None:
-    config = large(tiny_cogvideox_folder, "cache.policy=retain")
-    with cluster_of(1, head_cpus=3, can_spill=False) as cluster:
+    config = large(tiny_cogvideox_folder, "cache.policy=retain", "cluster.workers=1")
+    with cluster_of(1, can_spill=False) as cluster:
         ray.init(address=cluster.address, log_to_driver=False)
         others = ray.get(ray.put(np.ones(STORE_BYTES - int(3.5 * step_bytes(config)), np.uint8)))
         with StoryRenderer(config, tmp_path, address=cluster.address) as renderer:
