@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint coverage oldest clean
 
 setup: $(STAMP)
 
@@ -24,5 +24,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+coverage: $(STAMP)
+	$(BIN)/python -m pytest --cov
+
+# The tests with the oldest torch that the code runs on, and all else as in constraints.txt.
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	mkdir -p build && grep -v '^torch==' constraints.txt > build/constraints-oldest.txt
+	.venv-oldest/bin/pip install --quiet --constraint build/constraints-oldest.txt "torch==2.11.*" --editable ".[dev]"
+	.venv-oldest/bin/python -m pytest
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-oldest runs build *.egg-info

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bachvid.driver.renderer import StoryRenderer
     from bachvid.errors import BachvidError
-    from bachvid.inputs.config import RenderConfig
     from bachvid.inputs.story import Action, Scene, Story
+    from bachvid.planning.config import RenderConfig
 
 __all__ = [
     "Action",
@@ -29,7 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Action": "bachvid.inputs.story",
     "BachvidError": "bachvid.errors",
-    "RenderConfig": "bachvid.inputs.config",
+    "RenderConfig": "bachvid.planning.config",
     "Scene": "bachvid.inputs.story",
     "Story": "bachvid.inputs.story",
     "StoryRenderer": "bachvid.driver.renderer",

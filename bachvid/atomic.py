@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, whenever the power goes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 
 def content_sha256(path: Path) -> str:
-    """Hash a file's bytes."""
+    """Return the sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
-    """Let `write` fill a temporary file, then put it at `path`; return the sha256 of its bytes.
+    """Let `write` fill a temporary file, then put it at `path`. Return the sha256 of its bytes.
 
-    After a crash `path` holds the old file or the whole new one. The parents are made.
+    After a crash `path` holds the old file or the whole new one. Parents are made. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -29,13 +29,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return digest
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Put the entries of a folder on the disk: a file that was renamed, or made, in it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)  # a rename is only durable when its folder is
+        os.fsync(handle)
     finally:
         os.close(handle)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class BachvidError(Exception):
-    """Something that bachvid refuses or could not do, in words for the person who asked."""
+    """Base of all errors meant for the user: what failed, why, and what to do."""
 
 
 class ConfigError(BachvidError, ValueError):
@@ -16,19 +16,19 @@ class ConfigError(BachvidError, ValueError):
 
 
 class LayoutError(BachvidError, ValueError):
-    """Tensors or caches of two videos that do not have the same token layout."""
+    """Tensors or caches of two videos whose token layouts differ."""
 
 
 class CacheMissError(BachvidError, LookupError):
-    """Identity keys and values that were never recorded, or are gone."""
+    """Recorded pieces of an identity video that are missing."""
 
 
 class CorruptShardError(CacheMissError):
-    """Identity keys and values whose bytes are no longer those that were recorded."""
+    """Recorded pieces whose bytes have changed since."""
 
 
 class LostShardError(CacheMissError):
-    """Identity keys and values that were published, and whose node or owner is gone since."""
+    """Published pieces whose node or owner has died."""
 
 
 class WorkerError(BachvidError, RuntimeError):

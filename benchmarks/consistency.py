@@ -15,10 +15,10 @@ import click
 
 from bachvid.driver.events import Failed
 from bachvid.driver.renderer import StoryRenderer
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
 from bachvid.metrics.evaluate import Evaluation, evaluate_run
 from bachvid.metrics.table import METRICS
+from bachvid.planning.config import RenderConfig
 
 POLICIES = ("independent", "same")
 METHODS = {

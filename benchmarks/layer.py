@@ -21,13 +21,14 @@ from torch import Tensor
 
 from bachvid.attention.attend import attend
 from bachvid.attention.context import RunContext
-from bachvid.attention.control import QKV, AttentionControl, AttentionSite, KVGroup
+from bachvid.attention.control import QKV, AttentionControl, KVGroup
 from bachvid.attention.rotary import Rotary
 from bachvid.catalog.facts import ModelFacts
-from bachvid.catalog.registry import PUBLISHED
-from bachvid.kv.cache import KVShard
+from bachvid.catalog.registry import published_models
+from bachvid.kv.cache import Shard
 from bachvid.kv.packing import StepPacker
 from bachvid.layout.gangs import BRANCHES, Gang
+from bachvid.layout.records import AttentionSite, Records, RecordSet
 from bachvid.layout.tokens import TokenLayout
 from bachvid.methods.ops.injection import InjectedTokens, inject_identity_kv
 from bachvid.models.cogvideox import CogVideoXControlledProcessor
@@ -49,13 +50,15 @@ class Recorder(AttentionControl):
         self._rows = layout.video_rows
         self._last = AttentionSite(0, 0, own[-1])
         self._packer = StepPacker(
-            share=Gang().share(0, num_heads), layers=(0,), branches=own, config_hash=""
+            share=Gang().share(0, num_heads),
+            records=Records((RecordSet(("key", "value"), (0,), (0,), own),)),
+            config_hash="",
         )
 
     def before(self, site: AttentionSite, qkv: QKV) -> QKV:
         """Put the video rows, and take the step when it is whole."""
         key_BMHD, value_BMHD = qkv.key_BSHD[:, self._rows], qkv.value_BSHD[:, self._rows]
-        self._packer.put(KVShard(site, key_BMHD.clone(), value_BMHD.clone()))
+        self._packer.put(Shard(site, {"key": key_BMHD.clone(), "value": value_BMHD.clone()}))
         if site == self._last:
             self._packer.take(0)
         return qkv
@@ -70,7 +73,8 @@ class Injector(AttentionControl):
 
     def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
         """Return character and background their keys."""
-        return inject_identity_kv(KVShard(site, self._key_BMHD, self._key_BMHD), self._tokens)
+        pieces = {"key": self._key_BMHD, "value": self._key_BMHD}
+        return inject_identity_kv(Shard(site, pieces), self._tokens)
 
 
 def build_layer(
@@ -191,7 +195,7 @@ def main(size: str) -> None:
     dtype = torch.bfloat16 if has_gpu else torch.float32
     print(f"{dtype} on {torch.cuda.get_device_name(device) if has_gpu else 'cpu'}, size {size}")
     for model_id in MODELS:
-        measure(PUBLISHED[model_id], is_tiny=size == "tiny", device=device, dtype=dtype)
+        measure(published_models()[model_id], is_tiny=size == "tiny", device=device, dtype=dtype)
 
 
 if __name__ == "__main__":

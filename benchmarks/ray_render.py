@@ -12,8 +12,6 @@ Both need as many free cores as workers: on a busy machine the numbers say littl
 
 from __future__ import annotations
 
-import logging
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -22,23 +20,9 @@ import click
 
 from bachvid.driver.events import Done, IdentityStep
 from bachvid.driver.renderer import StoryRenderer
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import IDENTITY_ID, Story
 from bachvid.output.journal import read_run
-
-
-class Waits(logging.Handler):
-    """Reads in the log how long each frame video waited."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seconds: dict[str, float] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep the seconds of one video."""
-        found = dict(re.findall(r"(\w+)=(\S+)", record.getMessage()))
-        if "waited" in found and found["video"] != IDENTITY_ID:
-            self.seconds[found["video"]] = float(found["waited"])
+from bachvid.planning.config import RenderConfig
 
 
 @click.command()
@@ -68,11 +52,8 @@ def main(workers: int, policy: str, actions: int) -> None:
             ],
         }
     )
-    waits = Waits()
-    logger = logging.getLogger("bachvid")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(waits)
     started = ended = None
+    waited = 0.0
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         with StoryRenderer(config, out, address="local") as renderer:
@@ -81,6 +62,7 @@ def main(workers: int, policy: str, actions: int) -> None:
                 if started is None and isinstance(event, IdentityStep):
                     started = ended
                 if isinstance(event, Done):
+                    waited += event.waited
                     click.echo(f"{event.video}: {event.seconds:.1f} s", err=True)
         records = read_run(out).records
     assert started is not None
@@ -94,7 +76,7 @@ def main(workers: int, policy: str, actions: int) -> None:
     makespan = ended - started + seconds[IDENTITY_ID] / 25
     bound = max(sum(seconds.values()) / workers, max(seconds.values()))
     click.echo(f"{policy}, {workers} workers, {actions} frame videos")
-    click.echo(f"waiting / frame workers' time  {sum(waits.seconds.values()) / frames:.3f}")
+    click.echo(f"waiting / frame workers' time  {waited / frames:.3f}")
     click.echo(f"makespan / bound               {makespan / bound:.3f}")
 
 

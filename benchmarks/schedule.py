@@ -16,20 +16,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from typing import Any
 
 import click
 
-from bachvid.catalog.registry import PUBLISHED
-from bachvid.inputs.config import RenderConfig
-from bachvid.inputs.runs import read_steps, recorded_steps
+from bachvid.catalog.registry import published_models
 from bachvid.inputs.story import IDENTITY_ID
+from bachvid.methods.base import Method
+from bachvid.methods.reading import ReadingOrder
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.nodes import ClusterFacts, NodeFacts
 from bachvid.planning.placement import plan_execution
-from bachvid.planning.plan import identity_cache_bytes
-from bachvid.planning.resolve import resolve_config
+from bachvid.planning.plan import records_bytes
+from bachvid.planning.resolve import build_method, resolve_config
 from bachvid.scheduling.schedule import Policy, SceneWork, Schedule, Slot
 
-MODEL = PUBLISHED["THUDM/CogVideoX-5b"]
+MODEL = published_models()["THUDM/CogVideoX-5b"]
 NUM_ACTIONS = 10_000
 GPUS_PER_NODE = 8
 
@@ -129,20 +131,20 @@ def scene(number: int, num_frames: int) -> SceneWork:
     return SceneWork(f"s{number}", tuple(f"f{i}" for i in range(num_frames)))
 
 
-def measured(config: RenderConfig, step: float, injected: float, decode: float) -> Durations:
-    """Return the time of the videos of a config."""
-    method, steps = config.method, config.sampling.num_steps
-    assert method.mask_step is not None
-    assert steps is not None
-    reads = read_steps(method)
-    lengths = [method.mask_step + 1] * (len(reads) - 1) + [steps]
-    plain = sum(length - len(read) for length, read in zip(lengths, reads, strict=True))
-    published = sum(length for length, read in zip(lengths, reads, strict=True) if read)
+def measured(method: Method[Any], step: float, injected: float, decode: float) -> Durations:
+    """Return the time of the videos of a method."""
+    frame = method.runs("frame")
+    reads = sum(len(run.reads) for run in frame)
+    plain = sum(len(run.steps) for run in frame) - reads
+    alone, in_wave = (
+        sum(len(run.steps) for run in ReadingOrder(method, is_window=is_window).identity_runs)
+        for is_window in (False, True)
+    )
     return Durations(
         step=injected,  # of a frame video, after the last of its identity video
-        identity=steps * step + decode,
-        wave_identity=(method.mask_step + 1 + published) * step + decode,
-        frame=plain * step + sum(map(len, reads)) * injected + decode,
+        identity=alone * step + decode,
+        wave_identity=in_wave * step + decode,
+        frame=plain * step + reads * injected + decode,
     )
 
 
@@ -155,7 +157,8 @@ def measured(config: RenderConfig, step: float, injected: float, decode: float) 
 def main(profile: str, step: float, injected: float, decode: float, store: float) -> None:
     """Print makespan / bound for both stories and every number of workers."""
     config = resolve_config(RenderConfig.from_yaml(None, [f"method.profile={profile}"]), MODEL)
-    durations = measured(config, step, injected, decode)
+    method = build_method(config)
+    durations = measured(method, step, injected, decode)
     click.echo(
         f"identity video {durations.identity:.1f} s, in a wave {durations.wave_identity:.1f} s, "
         f"frame video {durations.frame:.1f} s; nodes of {GPUS_PER_NODE} workers with {store:g} GB\n"
@@ -171,8 +174,8 @@ def main(profile: str, step: float, injected: float, decode: float, store: float
                 facts=MODEL,
                 layout=MODEL.layout(config.video),
                 frames=[len(scene.frames) for scene in scenes],
-                cache_bytes=identity_cache_bytes(config, MODEL),
-                num_steps=len(recorded_steps(config.method)),
+                method=method,
+                cache_bytes=records_bytes(method.records, config, MODEL),
             )
             start = time.perf_counter()
             result = simulate(

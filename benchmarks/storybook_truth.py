@@ -15,20 +15,20 @@ from collections.abc import Sequence
 import click
 import numpy as np
 import torch
-from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from numpy.typing import NDArray
 from torch import Tensor
 
 from bachvid.catalog.registry import load_facts
 from bachvid.engine.worker import ModelWorker
-from bachvid.inputs.config import RenderConfig
-from bachvid.methods.base import Observation
+from bachvid.kv.cache import MemoryPieces
+from bachvid.methods.bachvid import ResolvedBachVid
+from bachvid.methods.base import Observation, Run, RunInputs
+from bachvid.methods.controls.observing import VideoObserver
 from bachvid.methods.ops.matching import TokenMatch, match_tokens, match_within_foreground
-from bachvid.models.base import attention_control
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import VideoPlan
 from bachvid.planning.resolve import resolve_config
-from bachvid.prompts.compose import compose_prompt
-from bachvid.storybook.train.common import to_video
+from bachvid.prompts.compose import Prompt, compose_prompt
 from bachvid.storybook.train.transformer import TOKEN_IS_CHARACTER, pool_to_tokens
 from bachvid.storybook.world import ACTIONS, BACKGROUNDS, CHARACTERS, Clip, render_clip
 
@@ -91,16 +91,10 @@ class Observer:
         self.config = resolve_config(config, facts)
         self.worker = ModelWorker(self.config, facts)
         self.grid, self.ratio = self.worker.layout.grid, facts.spatial_ratio
-        self.is_wan = facts.family == "wan"
-        vae_class = AutoencoderKLWan if self.is_wan else AutoencoderKLCogVideoX
-        self.vae = vae_class.from_pretrained(facts.folder, subfolder="vae").float()
-        assert self.config.sampling.num_steps is not None
-        assert self.config.sampling.scheduler is not None
-        self.scheduler = self.worker.model.scheduler(self.config.sampling.scheduler)
-        self.scheduler.set_timesteps(self.config.sampling.num_steps)
-        assert self.config.method.mask_step is not None
-        self.step = self.config.method.mask_step
-        self.timestep = self.scheduler.timesteps[self.step]
+        self.negative = self.worker.model.encode_prompts([Prompt("")])
+        method = self.config.method
+        assert isinstance(method, ResolvedBachVid), "only that method matches"
+        self.method, self.step = method, method.mask_step
 
     @torch.no_grad()
     def observe(self, clip: Clip, labels: tuple[int, int, int], seed: int) -> Observation:
@@ -108,36 +102,31 @@ class Observer:
         model = self.worker.model
         words = (BACKGROUNDS[labels[0]], CHARACTERS[labels[1]], ACTIONS[labels[2]])
         prompt = compose_prompt(*words)
-        run = self.worker.new_run()
-        run.step, run.branches = self.step, ("cond",)
-        tokens = self.worker.tokenize(VideoPlan("clip", None, prompt, None, seed))
-        control = self.worker.method.pre_pass_control(run, tokens, None)
-        assert control is not None
-        noisy = self._noised(clip, model.initial_noise(seed, self.config.video))
-        with attention_control(model, run, control):
-            model.predict(noisy, self.timestep, model.encode_prompts([prompt]))
+        video = VideoPlan("clip", None, prompt, None, seed)
+        context, run = self.worker.new_context(), Run((self.step,), start="source")
+        given = RunInputs(run, context, self.worker.tokenize(video), MemoryPieces())
+        control = VideoObserver(given, self.method, self.method.match_layers)
+        track = self.worker.source_track(model.encode(clip.frames), video)
+        self.worker.embeds = {prompt.text: model.encode_prompts([prompt]), "": self.negative}
+        for _ in self.worker.steps(context, run, video, control, track):
+            pass
+        assert control.observation is not None
         return control.observation
-
-    def _noised(self, clip: Clip, noise: Tensor) -> Tensor:
-        """Encode a clip, and noise it to the mask step, in the layout of the model's latents."""
-        video = to_video(torch.from_numpy(clip.frames[None]))
-        latents = self.vae.encode(video).latent_dist.mean
-        if self.is_wan:
-            sigma = self.scheduler.sigmas[self.step]
-            deviation = torch.tensor(self.vae.config.latents_std).view(1, -1, 1, 1, 1)
-            return (1 - sigma) * latents / deviation + sigma * noise
-        scaled = latents.transpose(1, 2) * self.vae.config.scaling_factor
-        return self.scheduler.add_noise(scaled, noise, self.timestep[None])
 
     def match(self, frame: Observation, identity: Observation) -> TokenMatch:
         """Match the foreground of a frame video to an identity video, as the method does."""
-        mask_N = frame.foreground.mask_N
-        layers = self.config.method.match_layers or ()
+        mask_N, layers = foreground(frame), self.method.match_layers
         ours = [frame.features[layer][mask_N] for layer in layers]
         theirs = [identity.features[layer] for layer in layers]
-        if self.config.method.match_within == "foreground":
-            return match_within_foreground(ours, theirs, identity.foreground.mask_N)
+        if self.method.match_within == "foreground":
+            return match_within_foreground(ours, theirs, foreground(identity))
         return match_tokens(ours, theirs)
+
+
+def foreground(seen: Observation) -> Tensor:
+    """Return the mask of an observation."""
+    assert seen.foreground is not None
+    return seen.foreground.mask_N
 
 
 def match_hits(
@@ -169,8 +158,7 @@ def match_hits(
 @click.option("--set", "overrides", multiple=True, help="As of `bachvid render`.")
 def main(pairs: int, overrides: tuple[str, ...]) -> None:
     """Print mask IoU beside the best fixed mask, and the share of right matches."""
-    plain = "method.pre_pass_injection=none"  # these clips have no identity video to inject
-    observer = Observer(RenderConfig.from_yaml(None, overrides=(*overrides, plain)))
+    observer = Observer(RenderConfig.from_yaml(None, overrides))
     rng = np.random.default_rng(0)
     found, truth, priors, hits, chance_hits, accepted = [], [], [], [], [], []
     fixed = prior_masks()
@@ -180,12 +168,12 @@ def main(pairs: int, overrides: tuple[str, ...]) -> None:
         seeds = (FIRST_SEED + 2 * pair, FIRST_SEED + 2 * pair + 1)
         clips = [render_clip(seed, *label) for seed, label in zip(seeds, labels, strict=True)]
         seen = [observer.observe(*args) for args in zip(clips, labels, seeds, strict=True)]
-        masks = [one.foreground.mask_N.numpy().reshape(observer.grid) for one in seen]
+        masks = [foreground(one).numpy().reshape(observer.grid) for one in seen]
         found += masks
         truth.extend(token_masks(clips))
         priors += [fixed[action] for action in actions]
         match = observer.match(*seen)
-        threshold = observer.config.method.match_threshold
+        threshold = observer.method.match_threshold
         taken = masks[1].ravel()[match.index_Q.numpy()] & (match.score_Q.numpy() >= threshold)
         accepted += taken.tolist()
         places, index = np.argwhere(masks[0])[taken], match.index_Q.numpy()[taken]
@@ -196,7 +184,7 @@ def main(pairs: int, overrides: tuple[str, ...]) -> None:
         chance = rng.choice(np.flatnonzero(masks[1]), size=len(places))
         chance_hits += match_hits(chance, places, *clips, observer.ratio).tolist()
     truths = np.stack(truth)
-    click.echo(f"step {observer.step} (t = {int(observer.timestep)}), {2 * pairs} clips")
+    click.echo(f"step {observer.step}, {2 * pairs} clips")
     click.echo(f"mask IoU                             {iou(np.stack(found), truths):.3f}")
     click.echo(f"  best fixed mask per action         {iou(np.stack(priors), truths):.3f}")
     click.echo(f"foreground tokens with a match       {np.mean(accepted):.3f}")

@@ -1,4 +1,4 @@
-"""How fast keys and values go from an identity worker to a frame worker, over a plain memory copy.
+"""How fast pieces go from an identity worker to a frame worker, over a plain memory copy.
 
     python benchmarks/transport.py
 
@@ -14,20 +14,27 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
+from typing import Any
 
 import numpy as np
 import ray
 import torch
 
-from bachvid.kv.cache import KVShard
-from bachvid.kv.packing import PackedStep, StepPacker, sites_of
-from bachvid.kv.pulling import PulledKVStore
-from bachvid.layout.gangs import RankShare
+from bachvid.kv.cache import Shard
+from bachvid.kv.packing import PackedStep, StepPacker
+from bachvid.kv.pulling import PulledPieces
+from bachvid.layout.gangs import Branch, RankShare
+from bachvid.layout.records import Kind, Records, RecordSet
 
-LAYERS, BRANCHES = tuple(range(8)), ("cond",)
-SHAPE = (1, 4096, 16, 64)  # keys of one layer: tokens x heads x channels, 8 MiB in bfloat16
+NUM_LAYERS = 8
+KINDS: tuple[Kind, ...] = ("key", "value")
+BRANCHES: tuple[Branch, ...] = ("cond",)
+SHAPE = (1, 4096, 16, 64)  # a piece: tokens x heads x channels, 8 MiB in bfloat16
 WINDOW = 2  # steps that are alive
 ROUNDS = 12
+STEPS = tuple(range(ROUNDS * WINDOW))
+RECORDS = Records((RecordSet(KINDS, tuple(range(NUM_LAYERS)), STEPS, BRANCHES),))
 ALL = RankShare(BRANCHES, 0, SHAPE[2])
 
 Seconds = dict[str, float]
@@ -41,34 +48,34 @@ def timed(seconds: Seconds, name: str, call: Callable[[], object]) -> None:
 
 
 class IdentityActor:
-    """Publishes steps of random keys and values; each step's are others."""
+    """Publishes steps of random numbers; each step's are others."""
 
     def __init__(self) -> None:
-        self._packer = StepPacker(share=ALL, layers=LAYERS, branches=BRANCHES, config_hash="")
-        numel = torch.Size(SHAPE).numel()
-        self._numbers = torch.randn(2 * len(LAYERS) * numel + 1000).bfloat16()
+        self._packer = StepPacker(share=ALL, records=RECORDS, config_hash="")
+        self._shape = (NUM_LAYERS, len(KINDS), *SHAPE)
+        self._numbers = torch.randn(torch.Size(self._shape).numel() + 1000).bfloat16()
         self._copy = np.zeros(0, dtype=np.uint8)
 
     def publish(self, steps: range) -> Iterator[PackedStep | Seconds]:
         """Yield each packed step, then the seconds that it took."""
         for step in steps:
             seconds: Seconds = {}
-            timed(seconds, "pack", lambda step=step: self._pack(step))
+            timed(seconds, "pack", partial(self._pack, step))
             packed = self._packer.take(step)
             assert packed is not None
             if not len(self._copy):
                 self._copy = packed.payload.copy()
-            timed(seconds, "copy", lambda packed=packed: np.copyto(self._copy, packed.payload))
+            timed(seconds, "copy", partial(np.copyto, self._copy, packed.payload))
             start = time.perf_counter()
             yield packed
             seconds["put"] = time.perf_counter() - start
             yield seconds
 
     def _pack(self, step: int) -> None:
-        numbers = self._numbers[step : step + 2 * len(LAYERS) * torch.Size(SHAPE).numel()]
-        keys_and_values = numbers.view(len(LAYERS), 2, *SHAPE)
-        for site in sites_of(step, LAYERS, BRANCHES):
-            self._packer.put(KVShard(site, *keys_and_values[site.layer]))
+        numbers = self._numbers[step : step + torch.Size(self._shape).numel()]
+        layers = numbers.view(self._shape)
+        for site in RECORDS.sites(step):
+            self._packer.put(Shard(site, dict(zip(KINDS, layers[site.layer], strict=True))))
 
 
 class FrameActor:
@@ -77,43 +84,42 @@ class FrameActor:
     def __init__(self) -> None:
         self._copy = np.zeros(0, dtype=np.uint8)
         self._refs: defaultdict[int, Future[ray.ObjectRef[PackedStep]]] = defaultdict(Future)
-        self._store = PulledKVStore(
-            lambda run, step: [ray.get(self._refs[step].result())],
+        self._source = PulledPieces(
+            lambda run, place: [ray.get(self._refs[STEPS[place]].result())],
             share=ALL,
-            layers=LAYERS,
-            branches=BRANCHES,
+            records=RECORDS,
             passes=[BRANCHES],
             config_hash="",
-            nbytes=0,
         )
-        self._store.begin(range(ROUNDS * WINDOW))
+        self._source.begin(STEPS)
 
     def read(self, refs: dict[int, ray.ObjectRef[PackedStep]]) -> Seconds:
-        """Read every site of the steps, then copy as many bytes; give the seconds of each."""
+        """Read every site of the steps, then copy one step; return the seconds of one step each."""
         seconds: Seconds = {}
         timed(seconds, "pulled", lambda: self._read(refs))
         given = ray.get(next(iter(refs.values()))).payload
         if not len(self._copy):
             self._copy = given.copy()
-        timed(seconds, "copy", lambda: [np.copyto(self._copy, given) for _ in refs])
+        timed(seconds, "copy", partial(np.copyto, self._copy, given))
         for step in refs:
             del self._refs[step]
-        return {name: value / len(refs) for name, value in seconds.items()}
+        return {"pulled": seconds["pulled"] / len(refs), "copy": seconds["copy"]}
 
     def _read(self, refs: dict[int, ray.ObjectRef[PackedStep]]) -> None:
         for step, ref in refs.items():
             self._refs[step].set_result(ref)
         for step in refs:
-            for site in sites_of(step, LAYERS, BRANCHES):
+            for site in RECORDS.sites(step):
                 # Checked: it would fail if the packer had used its buffer again too soon.
-                self._store.get(site)
+                self._source.get(site)
 
 
 def measure() -> tuple[int, list[Seconds]]:
     """Run all rounds; return the bytes of a step, and the seconds of one in each round."""
-    identity = ray.remote(num_cpus=1)(IdentityActor).remote()
-    frame = ray.remote(num_cpus=1)(FrameActor).remote()
-    num_bytes, rounds = 0, []
+    identity: Any = ray.remote(num_cpus=1)(IdentityActor).remote()
+    frame: Any = ray.remote(num_cpus=1)(FrameActor).remote()
+    num_bytes = 0
+    rounds: list[Seconds] = []
     for i in range(ROUNDS):
         steps = range(i * WINDOW, (i + 1) * WINDOW)
         items = list(identity.publish.options(num_returns="streaming").remote(steps))

@@ -53,7 +53,7 @@ BAD_STORIES: dict[str, tuple[str, str]] = {
         GOOD_STORY.replace("seed", "sed")
         .replace("a desert", "''")
         .replace("id: coast", "id: coast\n  mood: sad"),
-        "STORY: scenes[0].background: is empty; write what is to be seen\n"
+        "STORY: scenes[0].background: is empty; describe what should be visible\n"
         "STORY: scenes[0].mood: unknown key. Known here: id, background, character, "
         "identity, actions, nouns.\n"
         'STORY: sed: unknown key. Did you mean "seed"?',
@@ -103,7 +103,7 @@ BAD_EDITS: dict[str, tuple[str, str, str]] = {
         "  nouns: {character: []}\n  actions:",
         "STORY: scenes[0].nouns.character: is empty; name a word, or leave the key out",
     ),
-    "nouns of another part": (
+    "nouns of another segment": (
         "  actions:",
         "  nouns: {background: [desert], character: [desert]}\n  actions:",
         "STORY: scenes[0].nouns: character has 'desert', which is no word of 'a green robot'",
@@ -116,9 +116,9 @@ BAD_EDITS: dict[str, tuple[str, str, str]] = {
     "nouns of a text that is wrong": (
         "character: a green robot",
         "character: ''\n  nouns: {character: [robot]}",
-        "STORY: scenes[0].character: is empty; write what is to be seen",
+        "STORY: scenes[0].character: is empty; describe what should be visible",
     ),
-    "nouns unknown part": (
+    "nouns unknown segment": (
         "  actions:",
         "  nouns: {action: [jumps]}\n  actions:",
         "STORY: scenes[0].nouns.action: unknown key. Known here: background, character.",
@@ -129,7 +129,7 @@ BAD_EDITS: dict[str, tuple[str, str, str]] = {
         "STORY: scenes[0].nouns.character: is 'robot': must be a list",
     ),
     "no title": ("title: A day\n", "", "STORY: title: missing, and it has no default"),
-    "empty title": ("A day", "''", "STORY: title: is empty; write what is to be seen"),
+    "empty title": ("A day", "''", "STORY: title: is empty; describe what should be visible"),
     "numeric title": ("A day", "2024", "STORY: title: is 2024: must be text; put it in quotes"),
     "unknown key": ("seed: 1", "sed: 1", 'STORY: sed: unknown key. Did you mean "seed"?'),
     "unknown key far from all": (
@@ -155,7 +155,7 @@ BAD_EDITS: dict[str, tuple[str, str, str]] = {
     "empty background": (
         "a desert",
         "'  '",
-        "STORY: scenes[0].background: is empty; write what is to be seen",
+        "STORY: scenes[0].background: is empty; describe what should be visible",
     ),
     "missing character": (
         "  character: a green robot\n",
@@ -207,7 +207,7 @@ BAD_EDITS: dict[str, tuple[str, str, str]] = {
     "action empty": (
         "jumps]",
         "'']",
-        "STORY: scenes[0].actions[1].text: is empty; write what is to be seen",
+        "STORY: scenes[0].actions[1].text: is empty; describe what should be visible",
     ),
     "action a number": (
         "jumps]",
@@ -268,7 +268,7 @@ BAD_EDITS: dict[str, tuple[str, str, str]] = {
     "identity empty": (
         "  actions",
         "  identity: ''\n  actions",
-        "STORY: scenes[0].identity: is empty; write what is to be seen",
+        "STORY: scenes[0].identity: is empty; describe what should be visible",
     ),
     "identity unknown": (
         "  actions",
@@ -431,12 +431,12 @@ BAD_CONFIGS: dict[str, tuple[str, str]] = {
     ),
     "model id": (
         "model: {id: story book}\n",
-        "model.id: is 'story book': must be 'storybook' or 'storybook-wan', a folder that exists, "
+        "model.id: is 'story book': must be 'storybook', 'storybook-wan', a folder that exists, "
         "or a Hub id as 'THUDM/CogVideoX-5b'. Did you mean \"storybook\"?",
     ),
     "model id missing folder": (
         "model: {id: ./nowhere}\n",
-        "model.id: is './nowhere': must be 'storybook' or 'storybook-wan', a folder that exists, "
+        "model.id: is './nowhere': must be 'storybook', 'storybook-wan', a folder that exists, "
         "or a Hub id as 'THUDM/CogVideoX-5b'.",
     ),
     "threads": ("model: {threads: 0}\n", "CONFIG: model.threads: is 0: must be >= 1"),

@@ -13,10 +13,12 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    DiffusionPipeline,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
+from tiny_families import TINY_FAMILIES, TinyFamily, load_tiny
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Punctuation, Sequence, WhitespaceSplit
@@ -29,7 +31,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from bachvid.catalog.profiles import wan_profiles
+from bachvid.catalog.profiles import wan_attention
+from bachvid.inputs.choices import SchedulerName
+from bachvid.models.base import VideoModel
 
 TEXT_TOKENS = 16
 PIXEL_FRAMES, HEIGHT, WIDTH = 5, 32, 48
@@ -57,6 +61,37 @@ def tiny_cogvideox_2b_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder like Wan2.1's: 3 layers, 6 heads x 12, 72 video tokens."""
     return save_tiny_wan(tmp_path_factory.mktemp("tiny_wan"))
+
+
+@pytest.fixture(scope="module", params=TINY_FAMILIES)
+def tiny(request: pytest.FixtureRequest) -> TinyFamily:
+    """Each family in turn."""
+    return TINY_FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: TinyFamily, request: pytest.FixtureRequest) -> Path:
+    """The folder of `tiny`."""
+    found: Path = request.getfixturevalue(tiny.fixture)
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> VideoModel:
+    """The model of `tiny`, in fp32."""
+    return load_tiny(folder)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny: TinyFamily, folder: Path) -> DiffusionPipeline:
+    """The stock pipeline of `tiny`."""
+    return tiny.stock(folder)
+
+
+@pytest.fixture(params=[0, 1], ids=["first scheduler", "second scheduler"])
+def scheduler(tiny: TinyFamily, request: pytest.FixtureRequest) -> SchedulerName:
+    """Each scheduler of `tiny` in turn."""
+    return list(tiny.schedulers)[request.param]
 
 
 def save_tiny_cogvideox(folder: Path, *, has_rope: bool) -> Path:
@@ -124,9 +159,7 @@ def save_tiny_wan(folder: Path) -> Path:
             "dtype": "float32",
             "noise": "same",
         },
-        "profiles": {
-            name: profile.model_dump(mode="json") for name, profile in wan_profiles(3).items()
-        },
+        "attention": wan_attention(3, flow_shift=3.0).model_dump(mode="json"),
     }
     (folder / "storybook.json").write_text(json.dumps(own))
     return folder

@@ -40,15 +40,6 @@ FILES: dict[str, dict[str, object]] = {
     "text_encoder/config.json": {"d_model": 96},
     "tokenizer/tokenizer_config.json": {"pad_token": "<pad>"},
 }
-_PAPER = {
-    "vital_layers": list(range(8)),
-    "mask_layers": [2, 3, 4, 5],
-    "match_layers": [1, 2, 3, 4],
-    "mask_fraction": 0.4,
-    "inject_fraction": [0.0, 0.52],
-    "branches": "both",
-    "pre_pass_injection": "background",
-}
 STORYBOOK = {
     "vocabulary": VOCABULARY,
     "defaults": {
@@ -63,14 +54,12 @@ STORYBOOK = {
         "noise": "same",
         "seconds_per_forward": 0.05,
     },
-    "profiles": {
-        "paper": _PAPER,
-        "fast": {
-            **_PAPER,
-            "inject_fraction": [0.0, 1.0],
-            "branches": "cond",
-            "pre_pass_injection": "none",
-        },
+    "attention": {
+        "vital_layers": list(range(8)),
+        "mask_layers": [2, 3, 4, 5],
+        "match_layers": [1, 2, 3, 4],
+        "mask_level": 0.4,
+        "inject_levels": {"paper": 0.52, "fast": 1.0},
     },
 }
 
@@ -107,6 +96,7 @@ def write_json_wan(folder: Path) -> Path:
         },
         "text_encoder/config.json": {"d_model": 96},
         "tokenizer/tokenizer_config.json": {"pad_token": "<pad>"},
+        "scheduler/scheduler_config.json": {"flow_shift": 5.0},
     }
     for name, content in files.items():
         path = folder / name

@@ -1,1 +1,1 @@
-"""The seam between methods and models: controls, and the attention that they change."""
+"""The seam between methods and models: attention that a control may watch and change."""

@@ -1,42 +1,42 @@
-"""The one seam between a method and a model: what a control sees, and the attention it changes.
+"""Attention that a control may watch and change.
 
-Knows no model, no method and no worker. Shape suffixes of the whole package: B videos of one CFG
-branch, S joint tokens [text | video], N and M video tokens of the frame and the identity video,
-T text tokens, Q selected query rows, H heads, D channels per head, C model channels.
-
-Several ranks may share one video. Between the calls of attention a rank has the text and its own
-video rows, of all heads; within, all rows of its own heads.
-
-Long for one file, because what a control may rely on and the code that keeps it are read together.
+Knows no model, no method and no worker, and not how many ranks share a video. Shape suffixes: see
+`bachvid.attention.control`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bachvid.attention.context import RunContext, _pad_rows
+from bachvid.attention.context import RunContext
 from bachvid.attention.control import QKV, AttentionControl, KVGroup
+from bachvid.attention.groups import pad_rows
 from bachvid.attention.rotary import Rotary
 from bachvid.errors import LayoutError
+from bachvid.layout.records import AttentionSite
 from bachvid.layout.tokens import TokenLayout
 
 
 def attend(qkv: QKV, groups: Sequence[KVGroup], rotary: Rotary, layout: TokenLayout) -> Tensor:
     """Attend over the joint sequence; the rows of a group also attend to its keys.
 
-    Exact, by plain attention calls and without a mask: keys lie in one buffer as [A | F | B], F
-    the sequence's own; rows of the first group see [A | F], rows of the second [F | B], all
-    others F. Groups without a row or without a key are skipped; without any group this is one
-    call, bit-equal to diffusers. Extra memory: the keys and values of the groups, and a copy of F.
+    Exact, by plain attention calls and without a mask. The sequence's own keys and values are
+    copied once, with room for the longest group behind them. One group after another is written
+    into the room, and its rows attend to [own | room]; the rows of no group attend to [own].
+    Groups without a row or a key are skipped; without any group this is one call, bit-equal to
+    diffusers. Extra memory: the copy and its room.
+
+    No row may be in two groups, or twice in one. That is checked on a CPU only, as a GPU would
+    have to be waited for; there such rows leave others without a result.
 
     Returns out_BSHD.
 
     Raises:
-        LayoutError: if the sequence does not fit `layout`, or there are more than two groups.
+        LayoutError: if the sequence does not fit `layout`, or groups are seen to share rows.
     Source: BachVid (arXiv 2510.21696v1), Sec. 3.5, Eq. (12)-(14).
     """
     num_rows = qkv.query_BSHD.shape[1]
@@ -46,26 +46,30 @@ def attend(qkv: QKV, groups: Sequence[KVGroup], rotary: Rotary, layout: TokenLay
             f"{layout.joint_tokens}: render with the video size that the layout was made for"
         )
     query_BSHD = rotary.rotate_joint(qkv.query_BSHD, layout)
-    key_BSHD = rotary.rotate_joint(qkv.key_BSHD, layout)
-    used = [group for group in groups if len(group.query_rows_Q) and len(group.positions_M)]
-    if not used:
-        return _sdpa(query_BSHD, key_BSHD, qkv.value_BSHD)
-    if len(used) > 2:
-        raise LayoutError(f"{len(used)} key groups at one site: at most two can share its keys")
+    groups = _used(groups)
+    if not groups:
+        return _sdpa(query_BSHD, rotary.rotate_joint(qkv.key_BSHD, layout), qkv.value_BSHD)
 
-    keys = [rotary.rotate(group.key_BMHD, group.positions_M) for group in used]
-    values = [group.value_BMHD for group in used]
-    key_buffer = torch.cat([keys[0], key_BSHD, *keys[1:]], dim=1)
-    value_buffer = torch.cat([values[0], qkv.value_BSHD, *values[1:]], dim=1)
-    own = slice(keys[0].shape[1], keys[0].shape[1] + num_rows)
-    spans = [slice(0, own.stop), slice(own.start, None)][: len(used)]
-    calls = [(group.query_rows_Q, span) for group, span in zip(used, spans, strict=True)]
-    calls.append((_other_rows([group.query_rows_Q for group in used], num_rows), own))
+    # Behind the own keys, not before: measured on a CPU, both take the same time, as the kernel
+    # copies no slice of rows, and like this every call reads from the start of the buffers.
+    num_keys = num_rows + max(len(group.positions_M) for group in groups)
+    key_BKHD = pad_rows(rotary.rotate_joint(qkv.key_BSHD, layout), num_keys)
+    value_BKHD = pad_rows(qkv.value_BSHD, num_keys)
     out_BSHD = torch.empty_like(query_BSHD)
-    for rows_Q, span in calls:
-        if len(rows_Q):
-            out_BQHD = _sdpa(query_BSHD[:, rows_Q], key_buffer[:, span], value_buffer[:, span])
-            out_BSHD.index_copy_(1, rows_Q, out_BQHD)
+
+    def attend_rows(rows_Q: Tensor, last: int) -> None:
+        out_BQHD = _sdpa(query_BSHD[:, rows_Q], key_BKHD[:, :last], value_BKHD[:, :last])
+        out_BSHD.index_copy_(1, rows_Q, out_BQHD)
+
+    other_rows_Q = _other_rows(groups, num_rows)
+    if len(other_rows_Q):
+        attend_rows(other_rows_Q, num_rows)
+    for group in groups:
+        # Kernels of one stream run in order: the group before has been read when this is written.
+        last = num_rows + len(group.positions_M)
+        key_BKHD[:, num_rows:last] = rotary.rotate(group.key_BMHD, group.positions_M)
+        value_BKHD[:, num_rows:last] = group.value_BMHD
+        attend_rows(group.query_rows_Q, last)
     return out_BSHD
 
 
@@ -85,31 +89,22 @@ def controlled_attention(
     """
     num_videos = _videos_of_branch(run, qkv.query_BSHD)
     num_rows = qkv.query_BSHD.shape[1]
-    if run.group.size > 1:
-        qkv = QKV(*(_to_heads(run, x_BSHD) for x_BSHD in qkv))
+    qkv = QKV(*(run.group.to_heads(x_BSHD, run.layout) for x_BSHD in qkv))
     sites = [run.site(layer, branch) for branch in run.branches]
     given = [QKV(*parts) for parts in zip(*(torch.split(x, num_videos) for x in qkv), strict=True)]
     seen = [control.before(site, part) for site, part in zip(sites, given, strict=True)]
-    groups = [control.extra(site, part) for site, part in zip(sites, seen, strict=True)]
+    groups = [_used(control.extra(site, part)) for site, part in zip(sites, seen, strict=True)]
     if any(groups):
-        outs = [
-            attend(part, extra, run.rotary, run.layout)
-            for part, extra in zip(seen, groups, strict=True)
-        ]
-        out_BSHD = torch.cat(outs)
+        parts = zip(seen, groups, strict=True)
+        out_BSHD = torch.cat([attend(*part, run.rotary, run.layout) for part in parts])
     else:
         # One call for the batch: a call per branch would be slower and need not be bit-equal.
         if any(new is not old for new, old in zip(seen, given, strict=True)):
             qkv = QKV(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
         out_BSHD = attend(qkv, (), run.rotary, run.layout)
-    if run.group.size > 1:
-        out_BSHD = _to_tokens(run, out_BSHD)
-    out_BSC = out_BSHD.flatten(2)
-    parts = torch.split(out_BSC, num_videos)
-    changed = [control.after(site, part) for site, part in zip(sites, parts, strict=True)]
-    if any(new is not old for new, old in zip(changed, parts, strict=True)):
-        out_BSC = torch.cat(changed)
-    return _pad_rows(out_BSC, num_rows)
+    out_BSHD = _by_branch(control.mix, sites, out_BSHD)
+    out_BSC = run.group.to_tokens(out_BSHD, run.layout).flatten(2)
+    return pad_rows(_by_branch(control.after, sites, out_BSC), num_rows)
 
 
 def controlled_cross_attention(
@@ -147,32 +142,15 @@ def _videos_of_branch(run: RunContext, query_BSHD: Tensor) -> int:
     return num_videos
 
 
-def _to_heads(run: RunContext, x_BSHD: Tensor) -> Tensor:
-    """Exchange this rank's rows of all heads for all joint rows, without pads, of its heads."""
-    group, layout = run.group, run.layout
-    rows = layout.text_tokens + layout.rank_tokens(group.size)
-    if x_BSHD.shape[1] != rows:
-        raise LayoutError(
-            f"attention over {x_BSHD.shape[1]} tokens, but each of {group.size} ranks has {rows} "
-            f"of the layout {layout}: render with the video size that the layout was made for"
-        )
-    video_BNHD = group.to_heads(x_BSHD[:, layout.text_tokens :].contiguous())
-    heads = video_BNHD.shape[2]
-    text_BTHD = x_BSHD[:, layout.text_rows, group.rank * heads : (group.rank + 1) * heads]
-    return torch.cat([text_BTHD, video_BNHD[:, : layout.video_tokens]], dim=1)
-
-
-def _to_tokens(run: RunContext, out_BSHD: Tensor) -> Tensor:
-    """Undo `_to_heads`; the pads stay away."""
-    group, layout = run.group, run.layout
-    video_BNHD = out_BSHD[:, layout.video_rows].contiguous()
-    video_BNHD = group.to_tokens(_pad_rows(video_BNHD, layout.rank_tokens(group.size) * group.size))
-    own = run.positions
-    video_BNHD = video_BNHD[:, : own.stop - own.start]
-    if not layout.text_tokens:
-        return video_BNHD
-    text_BTHD = group.gather_heads(out_BSHD[:, layout.text_rows].contiguous())
-    return torch.cat([text_BTHD, video_BNHD], dim=1)
+def _by_branch(
+    call: Callable[[AttentionSite, Tensor], Tensor], sites: Sequence[AttentionSite], x: Tensor
+) -> Tensor:
+    """Call a control with the batch rows of each branch. Unchanged rows are not copied."""
+    parts = torch.split(x, len(x) // len(sites))
+    changed = [call(site, part) for site, part in zip(sites, parts, strict=True)]
+    if all(new is old for new, old in zip(changed, parts, strict=True)):
+        return x
+    return torch.cat(changed)
 
 
 def _sdpa(query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor) -> Tensor:
@@ -182,9 +160,20 @@ def _sdpa(query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor) -> Tensor:
     return out_BHSD.transpose(1, 2)
 
 
-def _other_rows(groups: Sequence[Tensor], num_rows: int) -> Tensor:
-    """Rows in none of the groups, ascending. By a sort: `nonzero` would wait for the GPU."""
-    taken_S = torch.zeros(num_rows, dtype=torch.uint8, device=groups[0].device)
-    for rows_Q in groups:
-        taken_S[rows_Q] = 1
-    return taken_S.argsort(stable=True)[: num_rows - sum(len(rows_Q) for rows_Q in groups)]
+def _used(groups: Sequence[KVGroup]) -> list[KVGroup]:
+    """Return the groups that have a row and a key: the others change nothing."""
+    return [group for group in groups if len(group.query_rows_Q) and len(group.positions_M)]
+
+
+def _other_rows(groups: Sequence[KVGroup], num_rows: int) -> Tensor:
+    """Return the rows in none of the groups, ascending. By a sort: `nonzero` waits for a GPU."""
+    taken_S = torch.zeros(num_rows, dtype=torch.uint8, device=groups[0].query_rows_Q.device)
+    for group in groups:
+        taken_S.index_fill_(0, group.query_rows_Q, 1)
+    num_taken = sum(len(group.query_rows_Q) for group in groups)
+    if num_taken > num_rows or (taken_S.is_cpu and int(taken_S.sum()) < num_taken):
+        raise LayoutError(
+            f"{len(groups)} key groups of one site have {num_taken} query rows, some of them more "
+            f"than once: a row can be in one group only, so give it all its keys there"
+        )
+    return taken_S.argsort(stable=True)[: num_rows - num_taken]

@@ -1,22 +1,24 @@
-"""What a control sees, and what it may do: the seam between a method and a model."""
+"""What a control sees, and what it may do: the seam between a method and a model.
+
+Imports no torch, so that the file of a method can hold its data and its controls. Shape suffixes
+of the whole package: B videos of one CFG branch, S joint tokens [text | video], N and M video
+tokens of the frame and the identity video, T text tokens, Q selected query rows, H heads,
+D channels per head, C model channels.
+
+Several ranks may share one video. Between the calls of attention a rank has the text and its own
+video rows, of all heads; within, all rows of its own heads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+from bachvid.layout.records import AttentionSite
 
-from bachvid.layout.gangs import Branch
-
-
-class AttentionSite(NamedTuple):
-    """Where in a run an attention call is. `step` and `layer` count from 0."""
-
-    step: int
-    layer: int
-    branch: Branch
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class QKV(NamedTuple):
@@ -41,22 +43,51 @@ class KVGroup:
     positions_M: Tensor
 
 
-class AttentionControl:
-    """What a method does at every attention site; this one does nothing.
+class Guided(NamedTuple):
+    """The predictions of one step, of the whole video on every rank: in the model's own layout.
 
-    A control sees the batch rows of one CFG branch at a time.
+    `uncond` is None without guidance. `estimate` turns a prediction into the video that it expects
+    (x0 hat).
+    """
+
+    step: int
+    cond: Tensor
+    uncond: Tensor | None
+    scale: float
+    latents: Tensor
+    estimate: Callable[[Tensor], Tensor]
+
+
+class Denoised(NamedTuple):
+    """A step, the latents that it leaves, and the video that they are expected to become."""
+
+    step: int
+    latents: Tensor
+    estimate: Tensor
+
+
+class AttentionControl:
+    """What a method does in one run; this one does nothing.
+
+    Every call is a no-op by default, and a tensor that is returned unchanged keeps the fast path:
+    one plain attention call for the whole batch, bit-equal to diffusers. At a site a control sees
+    the batch rows of one CFG branch at a time.
     """
 
     def before(self, site: AttentionSite, qkv: QKV) -> QKV:
-        """Record or change queries, keys and values of every token, before RoPE.
-
-        Of this rank's heads.
-        """
+        """Record or change queries, keys and values, before RoPE: all tokens, this rank's heads."""
         return qkv
 
     def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
-        """Return the keys and values that some query rows shall also attend to."""
+        """Return any number of groups of queries with more keys; no row in two of them."""
         return ()
+
+    def mix(self, site: AttentionSite, out_BSHD: Tensor) -> Tensor:
+        """Record or change what attention gave: all tokens, this rank's heads.
+
+        Before the ranks exchange rows, so that what is linear per token needs no other rank.
+        """
+        return out_BSHD
 
     def after(self, site: AttentionSite, out_BSC: Tensor) -> Tensor:
         """Record or change the attention output of all heads, before the output projection.
@@ -70,3 +101,12 @@ class AttentionControl:
 
         The queries are this rank's video rows, the keys all text tokens, pads included.
         """
+
+    def guide(self, predicted: Guided) -> Tensor:
+        """Return the prediction that the solver follows; here as the stock pipelines guide."""
+        if predicted.uncond is None:
+            return predicted.cond
+        return predicted.uncond + predicted.scale * (predicted.cond - predicted.uncond)
+
+    def stepped(self, done: Denoised) -> None:
+        """Note what a step left, once the solver has advanced."""

@@ -1,18 +1,22 @@
-"""The ranks that share one video."""
+"""The ranks that share one video. Shape suffixes: see `bachvid.attention.control`."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from bachvid.layout.tokens import TokenLayout
 
 
 class SequenceGroup(Protocol):
     """The ranks that share one video, as one of them sees them.
 
-    `size` ranks share the tokens of a branch in equal raster chunks (here S and N are a rank's
-    rows, pads included). With `cfg_size` 2 there are two such sets, that of `cfg_rank` 0 for the
-    branch uncond. Every method is a collective: all ranks call it, with tensors of one shape.
+    `size` ranks share the tokens of a branch: each has all text rows and an equal raster chunk of
+    the video rows, behind which the last ranks may need pads. With `cfg_size` 2 there are two such
+    sets; that of `cfg_rank` 0 computes the branch uncond. Every method is a collective: all ranks
+    call it, with tensors of one shape.
     """
 
     @property
@@ -25,69 +29,76 @@ class SequenceGroup(Protocol):
 
     @property
     def cfg_rank(self) -> int:
-        """0 or, in the ranks that compute the branch cond apart, 1."""
+        """1 on ranks that compute only the cond branch, else 0."""
 
     @property
     def cfg_size(self) -> int:
         """1 if every rank computes both branches, 2 if each computes one."""
 
-    def to_heads(self, x_BSHD: Tensor) -> Tensor:
-        """Return [B, size * S, H / size, D]: all rows of this rank's heads (all-to-all)."""
+    def to_heads(self, x_BSHD: Tensor, layout: TokenLayout) -> Tensor:
+        """Return all joint rows of this rank's heads, given this rank's rows of all heads.
 
-    def to_tokens(self, x_BSHD: Tensor) -> Tensor:
-        """Return [B, S / size, H * size, D]: this rank's rows of all heads; undoes `to_heads`."""
+        `x_BSHD` has the text, then this rank's video rows and pads; the result has no pads.
 
-    def gather_heads(self, x_BTHD: Tensor) -> Tensor:
-        """Return [B, T, H * size, D]: the heads of all ranks, in order."""
+        Raises:
+            LayoutError: if `x_BSHD` has not as many rows as `layout` gives a rank.
+        """
 
-    def gather_tokens(self, x_BNC: Tensor) -> Tensor:
-        """Return [B, size * N, C]: the rows of all ranks, in raster order."""
+    def to_tokens(self, x_BSHD: Tensor, layout: TokenLayout) -> Tensor:
+        """Return this rank's rows of all heads, text first, without pads; undoes `to_heads`."""
+
+    def gather_tokens(self, x_BNC: Tensor, num_tokens: int) -> Tensor:
+        """Return [B, num_tokens, C]: the video rows of all ranks, in raster order, without pads.
+
+        `x_BNC` has this rank's rows, with or without its pads.
+        """
 
     def sum(self, x: Tensor) -> Tensor:
-        """Add over the ranks that share a branch."""
+        """Return the sum over the ranks that share a branch: bitwise the same on all of them."""
 
     def from_cond(self, x: Tensor) -> Tensor:
-        """Return what the rank of the branch cond has; that of uncond gives a shape and a dtype."""
+        """Broadcast `x` from the cond rank; on the uncond rank only its shape and dtype matter."""
 
     def gather_branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the ranks of uncond and of cond have. Only with `cfg_size` 2."""
+        """Return `x` of the uncond rank and of the cond rank. Only with `cfg_size` 2."""
 
 
 class Alone:
-    """The group of one rank, which has every row, head and branch."""
+    """The group of one rank, which has every row, head and branch: it returns what it is given."""
 
     rank = 0
     size = 1
     cfg_rank = 0
     cfg_size = 1
 
-    def to_heads(self, x_BSHD: Tensor) -> Tensor:
-        """Return x."""
+    def to_heads(self, x_BSHD: Tensor, layout: TokenLayout) -> Tensor:
         return x_BSHD
 
-    def to_tokens(self, x_BSHD: Tensor) -> Tensor:
-        """Return x."""
+    def to_tokens(self, x_BSHD: Tensor, layout: TokenLayout) -> Tensor:
         return x_BSHD
 
-    def gather_heads(self, x_BTHD: Tensor) -> Tensor:
-        """Return x."""
-        return x_BTHD
-
-    def gather_tokens(self, x_BNC: Tensor) -> Tensor:
-        """Return x."""
+    def gather_tokens(self, x_BNC: Tensor, num_tokens: int) -> Tensor:
         return x_BNC
 
     def sum(self, x: Tensor) -> Tensor:
-        """Return x."""
         return x
 
     def from_cond(self, x: Tensor) -> Tensor:
-        """Return x."""
         return x
 
     def gather_branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Refuse: this rank has both branches."""
         raise AssertionError("only ranks that compute one branch each gather branches")
 
 
 ALONE: SequenceGroup = Alone()
+
+
+def pad_rows(x_BS: Tensor, num_rows: int) -> Tensor:
+    """Return `num_rows` rows: those of `x_BS` and zeros behind; `x_BS` itself if none is missing.
+
+    Dimensions after the rows may be any.
+    """
+    missing = num_rows - x_BS.shape[1]
+    if not missing:
+        return x_BS
+    return torch.cat([x_BS, x_BS.new_zeros(len(x_BS), missing, *x_BS.shape[2:])], dim=1)

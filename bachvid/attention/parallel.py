@@ -2,7 +2,7 @@
 
 A gang is on one machine: its sockets are those of the loopback interface. On GPUs xfuser makes the
 groups, over NCCL; on CPUs torch does, over gloo. The all-to-all is yunchang's on both, and the
-shared decoder DistVAE's. Shape suffixes: see `bachvid.attention.attend`.
+shared decoder DistVAE's. Shape suffixes: see `bachvid.attention.control`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from distvae.vae import parallel
 from torch import Tensor, nn
 from yunchang.comm.all_to_all import SeqAllToAll4D
 
+from bachvid.attention.groups import pad_rows
+from bachvid.errors import LayoutError
 from bachvid.layout.gangs import Gang
+from bachvid.layout.tokens import TokenLayout
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,32 +37,43 @@ class JoinedGroup:
     _cfg: dist.ProcessGroup
     _leave: Callable[[], None]
 
-    def to_heads(self, x_BSHD: Tensor) -> Tensor:
-        """Return [B, size * S, H / size, D]: all rows of this rank's heads."""
-        heads_BSHD: Tensor = SeqAllToAll4D.apply(self._sequence, x_BSHD, 2, 1)
-        return heads_BSHD
+    def to_heads(self, x_BSHD: Tensor, layout: TokenLayout) -> Tensor:
+        if self.size == 1:
+            return x_BSHD
+        rows = layout.text_tokens + layout.rank_tokens(self.size)
+        if x_BSHD.shape[1] != rows:
+            raise LayoutError(
+                f"attention over {x_BSHD.shape[1]} tokens, but each of {self.size} ranks has "
+                f"{rows} of the layout {layout}: render with the video size that the layout was "
+                f"made for"
+            )
+        video_BNHD = self._all_to_all(x_BSHD[:, layout.text_tokens :], 2, 1)
+        heads = video_BNHD.shape[2]
+        text_BTHD = x_BSHD[:, layout.text_rows, self.rank * heads : (self.rank + 1) * heads]
+        return torch.cat([text_BTHD, video_BNHD[:, : layout.video_tokens]], dim=1)
 
-    def to_tokens(self, x_BSHD: Tensor) -> Tensor:
-        """Return [B, S / size, H * size, D]: this rank's rows of all heads."""
-        rows_BSHD: Tensor = SeqAllToAll4D.apply(self._sequence, x_BSHD, 1, 2)
-        return rows_BSHD
+    def to_tokens(self, x_BSHD: Tensor, layout: TokenLayout) -> Tensor:
+        if self.size == 1:
+            return x_BSHD
+        padded = layout.rank_tokens(self.size) * self.size
+        video_BNHD = self._all_to_all(pad_rows(x_BSHD[:, layout.video_rows], padded), 1, 2)
+        own = layout.rank_positions(self.rank, self.size)
+        video_BNHD = video_BNHD[:, : own.stop - own.start]
+        if not layout.text_tokens:
+            return video_BNHD
+        text_BTHD = torch.cat(_all_gather(x_BSHD[:, layout.text_rows], self._sequence), dim=2)
+        return torch.cat([text_BTHD, video_BNHD], dim=1)
 
-    def gather_heads(self, x_BTHD: Tensor) -> Tensor:
-        """Return [B, T, H * size, D]: the heads of all ranks, in order."""
-        return torch.cat(_all_gather(x_BTHD, self._sequence), dim=2)
-
-    def gather_tokens(self, x_BNC: Tensor) -> Tensor:
-        """Return [B, size * N, C]: the rows of all ranks, in raster order."""
-        return torch.cat(_all_gather(x_BNC, self._sequence), dim=1)
+    def gather_tokens(self, x_BNC: Tensor, num_tokens: int) -> Tensor:
+        padded_BNC = pad_rows(x_BNC, -(-num_tokens // self.size))
+        return torch.cat(_all_gather(padded_BNC, self._sequence), dim=1)[:, :num_tokens]
 
     def sum(self, x: Tensor) -> Tensor:
-        """Add over the ranks that share a branch: bitwise the same sum on all of them."""
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self._sequence)
         return total
 
     def from_cond(self, x: Tensor) -> Tensor:
-        """Return what the rank of the branch cond has."""
         if self.cfg_size == 1:
             return x
         given = x.clone(memory_format=torch.contiguous_format)
@@ -67,13 +81,17 @@ class JoinedGroup:
         return given
 
     def gather_branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the ranks of uncond and of cond have."""
         uncond, cond = _all_gather(x, self._cfg)
         return uncond, cond
 
     def close(self) -> None:
         """Leave the gang; afterwards this process may join another."""
         self._leave()
+
+    def _all_to_all(self, x_BSHD: Tensor, scattered: int, gathered: int) -> Tensor:
+        """Split one dimension over the ranks, and put the other together: 1 rows, 2 heads."""
+        exchanged: Tensor = SeqAllToAll4D.apply(self._sequence, x_BSHD, scattered, gathered)
+        return exchanged
 
 
 def join_group(gang: Gang, rank: int, *, device: torch.device, init_file: Path) -> JoinedGroup:

@@ -1,1 +1,1 @@
-"""What models are: sizes, layers, files, published ones. No torch."""
+"""What models are: their sizes, layouts and defaults, by family, read without any weight."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from bachvid.catalog.families import FAMILIES, Family
-from bachvid.catalog.profiles import DefaultFacts, ProfileFacts
+from bachvid.catalog.families import FamilyFacts
+from bachvid.catalog.files import Component, ComponentSize
+from bachvid.catalog.profiles import AttentionFacts, DefaultFacts, share_done
 from bachvid.errors import ConfigError
 from bachvid.inputs.choices import SchedulerName
-from bachvid.inputs.config import VideoConfig
+from bachvid.inputs.sections import ResolvedVideo
 from bachvid.layout.gangs import Branch
 from bachvid.layout.tokens import TokenLayout
 
@@ -33,7 +34,7 @@ class ModelFacts:
     """The sizes and defaults of one model. `folder` is None for a Hub model not downloaded."""
 
     name: str
-    family: Family
+    traits: FamilyFacts  # of its family
     folder: Path | None
     num_layers: int
     num_heads: int
@@ -48,35 +49,44 @@ class ModelFacts:
     spatial_ratio: int  # pixels per latent, along height and width
     temporal_ratio: int  # pixel frames per latent frame, after the first
     defaults: DefaultFacts
-    profiles: Mapping[str, ProfileFacts]
+    attention: AttentionFacts
     max_grid: int | None = None  # tokens along each axis that there are positions for
     vocabulary: Vocabulary | None = None
+    flow_shift: float | None = None  # of the weights; None: not a flow model
+    sizes: Mapping[Component, ComponentSize] | None = None  # if published; else its files say it
+
+    @property
+    def family(self) -> str:
+        """The name of its family."""
+        return self.traits.name
 
     @property
     def schedulers(self) -> tuple[SchedulerName, ...]:
         """The schedulers that the family has."""
-        return FAMILIES[self.family].schedulers
+        return self.traits.schedulers
 
     @property
     def passes(self) -> tuple[tuple[Branch, ...], ...]:
         """The forwards of one guided step, in their order, by the CFG branches that share one."""
-        return FAMILIES[self.family].passes
+        return self.traits.passes
 
     @property
     def cleans_text(self) -> bool:
         """Whether prompts are cleaned before they are tokenized."""
-        return FAMILIES[self.family].cleans_text
+        return self.traits.cleans_text
 
     @property
     def joint_text_tokens(self) -> int:
         """Text tokens in the video's own attention; 0 where text has an attention of its own."""
-        return self.text_tokens if FAMILIES[self.family].has_joint_text else 0
+        return self.text_tokens if self.traits.has_joint_text else 0
 
-    def layout(self, video: VideoConfig) -> TokenLayout:
-        """Return the token layout of a resolved config. Raises ConfigError for an illegal size."""
-        assert video.pixel_frames is not None
-        assert video.height is not None
-        assert video.width is not None
+    def step_at(self, level: float, num_steps: int) -> int:
+        """Return the step of a schedule that begins nearest to a noise level."""
+        done = level if self.flow_shift is None else share_done(level, self.flow_shift)
+        return round(done * num_steps)
+
+    def layout(self, video: ResolvedVideo) -> TokenLayout:
+        """Return the token layout of a video. Raises ConfigError for an illegal size."""
         grid = self.grid(video.pixel_frames, video.height, video.width)
         return TokenLayout(self.joint_text_tokens, *grid)
 
@@ -92,7 +102,7 @@ class ModelFacts:
                 f"video.pixel_frames: is {pixel_frames}: must be 1 more than a multiple of "
                 f"{frame_stride}; nearest are {' and '.join(str(n + 1) for n in nearest)}"
             )
-        stride = math.lcm(FAMILIES[self.family].size_step, self.spatial_ratio * self.patch_size)
+        stride = math.lcm(self.traits.size_step, self.spatial_ratio * self.patch_size)
         for name, size in (("height", height), ("width", width)):
             if size % stride:
                 nearest = _nearest(size, stride, first=stride)
@@ -110,6 +120,20 @@ class ModelFacts:
                     f"positions for {self.max_grid}; choose a smaller video"
                 )
         return grid
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family, as its file in this folder shows it to the registry.
+
+    read: returns the facts of a diffusers folder, given the name of the model. Raises
+        ModelSupportError for one that is damaged, or of the family but not a model that we run.
+    published: by Hub id.
+    """
+
+    traits: FamilyFacts
+    read: Callable[[Path, str], ModelFacts]
+    published: Mapping[str, ModelFacts]
 
 
 def _nearest(value: int, stride: int, *, first: int) -> list[int]:

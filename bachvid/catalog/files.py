@@ -10,15 +10,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.inputs.config import ModelConfig
+from bachvid.inputs.sections import ModelConfig
 from bachvid.inputs.strict_yaml import quote, read_text, validate
 
 FileT = TypeVar("FileT", bound="JsonFile")
+
+Component = Literal["transformer", "vae", "text_encoder"]
+"""A component with weights, by the name of its folder."""
 
 
 class JsonFile(BaseModel):
@@ -28,12 +31,9 @@ class JsonFile(BaseModel):
 
 
 class ModelIndex(JsonFile):
-    """`model_index.json`; all but the class tell Wan2.2 from Wan2.1."""
+    """`model_index.json`."""
 
     class_name: str = Field(alias="_class_name")
-    transformer_2: tuple[str | None, ...] | None = None
-    boundary_ratio: float | None = None
-    expand_timesteps: bool = False
 
 
 class TextEncoderFile(JsonFile):
@@ -52,35 +52,47 @@ def read_json(path: Path, model: type[FileT]) -> FileT:
         raise ModelSupportError(f"{path}: not JSON: {error}") from None
 
 
+def check_channels(folder: Path, *, latent: tuple[int, int], text: tuple[int, int]) -> None:
+    """Check that components fit, by the channels that a transformer takes and those it is given.
+
+    Raises ModelSupportError.
+    """
+    if latent[0] != latent[1] or text[0] != text[1]:
+        raise ModelSupportError(
+            f"{folder}: its components do not fit: the transformer takes {latent[0]} latent and "
+            f"{text[0]} text channels, the VAE gives {latent[1]} and the text encoder {text[1]}"
+        )
+
+
 @dataclass(frozen=True, slots=True)
-class PartSize:
-    """Values in the weights of a part; `kept` of them are kept in fp32 where it is in 16 bits."""
+class ComponentSize:
+    """Values in the weights of a component; `fp32_values` of them are those of its fp32 words."""
 
     values: int
-    kept: int = 0
+    fp32_values: int = 0
 
-    def nbytes(self, width: int, *, keeps_fp32: bool = False) -> int:
-        """Return the bytes of the part, loaded with `width` bytes for a value."""
-        return self.values * width + (self.kept * (4 - width) if keeps_fp32 else 0)
+    def nbytes(self, width: int, *, keeps_fp32: bool) -> int:
+        """Return the bytes of the component, loaded with `width` bytes for a value."""
+        return self.values * width + (self.fp32_values * (4 - width) if keeps_fp32 else 0)
 
 
-def read_part_sizes(
-    folder: Path, *, kept: Mapping[str, frozenset[str]]
-) -> dict[str, PartSize] | None:
-    """Count the weights of each part in `kept`, by the headers of its safetensors files.
+def read_component_sizes(
+    folder: Path, fp32_words: Mapping[Component, frozenset[str]]
+) -> dict[Component, ComponentSize] | None:
+    """Count the weights of each component, by the headers of its safetensors files.
 
-    A tensor counts as kept if one of the words given for its part is in its dotted name. Gives
-    None if a part has no such file. Raises ModelSupportError for a damaged one.
+    A tensor counts as fp32 if one of the words given for its component is in its dotted name.
+    Returns None if a component has no such file. Raises ModelSupportError for a damaged one.
     """
-    sizes = {}
-    for part, words in kept.items():
+    sizes: dict[Component, ComponentSize] = {}
+    for component, words in fp32_words.items():
         tensors: dict[str, int] = {}  # by name: variants of a file have the same names
-        for path in sorted((folder / part).glob("*.safetensors")):
+        for path in sorted((folder / component).glob("*.safetensors")):
             tensors |= _tensor_sizes(path)
         if not tensors:
             return None
         fp32 = sum(n for name, n in tensors.items() if words & set(name.split(".")))
-        sizes[part] = PartSize(sum(tensors.values()), fp32)
+        sizes[component] = ComponentSize(sum(tensors.values()), fp32)
     return sizes
 
 

@@ -1,4 +1,4 @@
-"""What a model's config takes that says nothing, among it the paper's values. No torch.
+"""What a model says of methods: its layers, and its noise levels. No torch.
 
 The paper counts layers from 1, the code from 0. For another depth than the paper's no layers are
 published; there we take those at the same relative depth.
@@ -7,41 +7,40 @@ Source: BachVid (arXiv 2510.21696v1), Sec. 3.2-3.4, App. B; its review version, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
-from bachvid.inputs.choices import (
-    Branches,
-    Dtype,
-    MaskSoftmax,
-    MaskWords,
-    MatchWithin,
-    PrePassInjection,
-    SchedulerName,
-)
+from bachvid.inputs.choices import Dtype, MaskWords, ProfileName, SchedulerName
 from bachvid.inputs.story import NoisePolicy
 
+# How far the noise is gone: 0 at the first step, 1 at the end. Equal levels are equal noise,
+# whatever the number of steps and the flow shift are: of a flow model a level is 1 - sigma, of
+# others the share of the schedule that is done.
+Level = Annotated[float, Field(ge=0, le=1)]
 
-class ProfileFacts(BaseModel):
-    """A named way to run the method on one model. Layers count from 0; fractions are of steps."""
+
+class AttentionFacts(BaseModel):
+    """What a model says of methods. Layers count from 0.
+
+    inject_levels: where injection ends, by the profile of BachVid: published for `paper`.
+    mask_words: the review version of the paper takes masks from nouns where the text has an
+        attention of its own (Wan), and from whole phrases where it has not.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     vital_layers: tuple[int, ...]
     mask_layers: tuple[int, ...]
     match_layers: tuple[int, ...]
-    mask_fraction: float = Field(ge=0, lt=1)
-    inject_fraction: tuple[float, float]
-    branches: Branches
-    pre_passes: int = Field(1, ge=1)
-    pre_pass_injection: PrePassInjection
-    match_threshold: float = Field(0.5, ge=-1, le=1)
-    mask_softmax: MaskSoftmax = "joint"
+    mask_level: Level
+    inject_levels: Mapping[ProfileName, Level]
     mask_words: MaskWords = "all"
-    match_within: MatchWithin = "video"
 
 
 class DefaultFacts(BaseModel):
-    """What a config takes that says nothing. `seconds_per_forward` was measured on 2 CPU cores."""
+    """Values for keys that a config leaves out. `seconds_per_forward` was measured on 2 cores."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,45 +56,45 @@ class DefaultFacts(BaseModel):
     seconds_per_forward: float | None = None
 
 
-def cogvideox_profiles(num_layers: int) -> dict[str, ProfileFacts]:
-    """Return both profiles for a CogVideoX of `num_layers`; published are the layers of 42 (5b)."""
+def cogvideox_attention(num_layers: int) -> AttentionFacts:
+    """Return the layers and levels of a CogVideoX; published are the layers of 42 (5b)."""
     vital_layers = (0, 1, 11, 12, 13, 14, 15, 17, 19, 20, 21, 23, 29, 34, 41)
-    paper = ProfileFacts(
+    return AttentionFacts(
         vital_layers=_at_depth(vital_layers, num_layers, published=42),
         mask_layers=_at_depth(range(5, 20), num_layers, published=42),
         match_layers=_at_depth(range(1, 16), num_layers, published=42),
-        mask_fraction=5 / 50,
-        inject_fraction=(0.0, 0.52),
-        branches="both",
-        pre_pass_injection="background",
+        mask_level=5 / 50,
+        inject_levels={"paper": 0.52, "fast": 0.48},
     )
-    return {"paper": paper, "fast": _fast(paper)}
 
 
-def wan_profiles(num_layers: int) -> dict[str, ProfileFacts]:
-    """Return both profiles for a Wan2.1 of `num_layers`; published are the layers of 40 (14B).
+def wan_attention(num_layers: int, flow_shift: float) -> AttentionFacts:
+    """Return the layers and levels of a Wan2.1; published are the layers of 40 (14B).
 
+    The levels are those of the published steps at the shift that the model is published with.
     Injected steps are those of CogVideoX: none are published for Wan.
     """
     vital_layers = (0, 1, 16, 21, 23, 28, 32, 33, 34, 38, 39)
-    paper = ProfileFacts(
+    return AttentionFacts(
         vital_layers=_at_depth(vital_layers, num_layers, published=40),
         mask_layers=_at_depth(range(2, 10), num_layers, published=40),
         match_layers=_at_depth(range(1, 7), num_layers, published=40),
-        mask_fraction=9 / 50,
-        inject_fraction=(0.0, 0.52),
-        branches="both",
-        pre_pass_injection="background",
+        mask_level=flow_level(9 / 50, flow_shift),
+        inject_levels={"paper": flow_level(0.52, flow_shift), "fast": flow_level(0.48, flow_shift)},
         mask_words="nouns",
     )
-    return {"paper": paper, "fast": _fast(paper)}
 
 
-def _fast(paper: ProfileFacts) -> ProfileFacts:
-    """Inject at all steps, but the conditional branch only, and nothing in the pre-pass."""
-    return paper.model_copy(
-        update={"inject_fraction": (0.0, 1.0), "branches": "cond", "pre_pass_injection": "none"}
-    )
+def flow_level(done: float, flow_shift: float) -> float:
+    """Return the level where a share of a flow model's schedule is done."""
+    left = 1 - done
+    return 1 - flow_shift * left / (1 + (flow_shift - 1) * left)
+
+
+def share_done(level: float, flow_shift: float) -> float:
+    """Return the share of a flow model's schedule that is done at a level; undoes `flow_level`."""
+    sigma = 1 - level
+    return 1 - sigma / (flow_shift - (flow_shift - 1) * sigma)
 
 
 def _at_depth(layers: range | tuple[int, ...], depth: int, *, published: int) -> tuple[int, ...]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from bachvid import __version__
 from bachvid.catalog.registry import EMBEDDED, load_facts
 from bachvid.errors import BachvidError, WorkerError
-from bachvid.inputs.config import ModelConfig, RenderConfig
+from bachvid.inputs.sections import ModelConfig
 from bachvid.inputs.story import Action, Scene, Story
+from bachvid.planning.config import RenderConfig
 from bachvid.units import format_bytes
 
 _PACKAGES = ("torch", "diffusers", "transformers", "ray", "av")

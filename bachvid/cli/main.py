@@ -1,4 +1,4 @@
-"""The command line: parses, prints, sets up logging. Whatever is slow to import comes later.
+"""The command line: parses, prints, sets up logging. Slow imports are deferred.
 
 Exit codes: 0 done, 1 some videos failed, 2 bad input, 130 cancelled by Ctrl-C, 143 by SIGTERM (as
 `ray job stop` sends it).
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from bachvid.driver.renderer import StoryRenderer
-    from bachvid.inputs.config import RenderConfig
     from bachvid.inputs.story import Story
+    from bachvid.planning.config import RenderConfig
 
 _TABLE_WIDTH = 120
 SOME_FAILED, BAD_INPUT = 1, 2
@@ -33,13 +33,19 @@ _CANCELLED = 128  # and the number of the signal, as shells count
 
 _STORY = click.argument("story", type=click.Path(path_type=Path))
 _CONFIG = click.option(
-    "--config", type=click.Path(path_type=Path), help="Config file; without it the embedded model."
+    "--config",
+    type=click.Path(path_type=Path),
+    help="Config file (default: the embedded storybook model).",
 )
 _SET = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As method.profile=fast."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a config key, e.g. method.profile=fast.",
 )
 _ADDRESS = click.option(
-    "--address", help='Ray cluster: "auto", "local" or host:port. Without it: this process alone.'
+    "--address", help='Ray cluster: "auto", "local" or host:port (default: this process alone).'
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 _VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Log every stage to stderr.")
@@ -75,7 +81,7 @@ def main() -> None:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Run directory; runs/<name of STORY> if not given.",
+    help="Run directory (default: runs/<name of STORY>).",
 )
 @_ADDRESS
 @_SET
@@ -89,8 +95,8 @@ def render(
     verbose: bool,
 ) -> None:
     """Render STORY, or what is missing of it, into a run directory."""
-    from bachvid.inputs.config import RenderConfig
     from bachvid.inputs.story import Story
+    from bachvid.planning.config import RenderConfig
 
     _configure_logging(verbose=verbose)
     loaded, settings = Story.load(story), RenderConfig.from_yaml(config, overrides)
@@ -117,8 +123,8 @@ def plan(
     """
     import json
 
-    from bachvid.inputs.config import RenderConfig
     from bachvid.inputs.story import Story
+    from bachvid.planning.config import RenderConfig
     from bachvid.planning.plan import render_plan
     from bachvid.planning.text import plan_json, plan_text
 
@@ -179,20 +185,19 @@ def _render(
     from bachvid.cli.progress import open_progress
     from bachvid.driver.events import Done, Failed
     from bachvid.driver.renderer import StoryRenderer
-    from bachvid.planning.plan import render_plan
 
-    plan = render_plan(story, config, source=source, download=True)
-    num_videos = sum(len(scene.videos) for scene in plan.scenes)
     done, failed = 0, 0
     with (
         StoryRenderer(config, out, address=address) as renderer,
         _cancelled_by_signals(renderer) as signals,
-        open_progress(plan) as progress,
     ):
-        for event in renderer.stream(story, source=source):
-            progress.show(event)
-            done += isinstance(event, Done)
-            failed += isinstance(event, Failed)
+        plan = renderer.plan(story, source=source)
+        with open_progress(plan) as progress:
+            for event in renderer.stream(plan):
+                progress.show(event)
+                done += isinstance(event, Done)
+                failed += isinstance(event, Failed)
+    num_videos = sum(len(scene.videos) for scene in plan.scenes)
     click.echo(f"{done} of {num_videos} videos in {out}", err=True)
     if signals:
         click.echo("Cancelled; render again to go on.", err=True)

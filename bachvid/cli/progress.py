@@ -55,8 +55,7 @@ class BarProgress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self._steps = plan.config.sampling.num_steps or 0
-        self._pre_pass = plan.frame_steps - self._steps
+        self._plan = plan
         self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -98,9 +97,9 @@ class BarProgress:
     def _expect(self, event: Queued) -> None:
         if event.scene not in self._scenes:  # its identity is rendered for any of its videos
             self._scenes.add(event.scene)
-            self._total += self._steps
+            self._total += self._plan.num_steps(IDENTITY_ID)
         if event.video != IDENTITY_ID:
-            self._total += self._steps + self._pre_pass
+            self._total += self._plan.num_steps(event.video)
         self.bar.update(self._task, total=self._total)
 
     def _advance(self, stage: str) -> None:

@@ -1,1 +1,1 @@
-"""The Python API, and the render that it drives."""
+"""The Python API: a story is planned, rendered by a pool of workers, and kept. No torch."""

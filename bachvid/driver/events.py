@@ -1,15 +1,34 @@
-"""What a render tells its caller while it runs. Plain data: no torch, no arrays."""
+"""What a render tells its caller while it runs. Plain data: no torch, no arrays.
+
+The events of one video come in the order in which they happened. Those of several videos, which
+are rendered and written side by side, may come in another order than in the render before.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
-if TYPE_CHECKING:
-    pass
+from bachvid.scheduling.pool import WorkerLost, WorkerPlaced
 
-from bachvid.engine.steps import Phase
+__all__ = [
+    "Done",
+    "Event",
+    "Failed",
+    "FrameStep",
+    "IdentityStep",
+    "Lost",
+    "Preview",
+    "Published",
+    "Queued",
+    "Started",
+    "WorkerLost",
+    "WorkerPlaced",
+]
+
+
+Phase = Literal["pre_pass", "main_run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +37,15 @@ class Queued:
 
     scene: str
     video: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A worker was given a video; again, if it is rendered again."""
+
+    scene: str
+    video: str
+    worker: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +59,7 @@ class IdentityStep:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The identity cache of a scene is complete: its frame videos can be rendered."""
+    """The identity cache of a scene is complete; frame videos may be running already."""
 
     scene: str
     cache_bytes: int
@@ -58,10 +86,23 @@ class Preview:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """An attempt at a video is lost, with its worker or with the pieces that it reads.
+
+    It is rendered again, or `Failed` follows.
+    """
+
+    scene: str
+    video: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """A video is in the run directory; `is_resumed` if it was there before this render.
 
-    `seconds` are those of rendering it; `recoveries` is what the method had to repair.
+    `seconds` are those of rendering it, `waited` those of them in which it waited for the pieces
+    of its identity video (on a cluster); `recoveries` is what the method had to repair.
     """
 
     scene: str
@@ -70,6 +111,7 @@ class Done:
     seconds: float
     recoveries: tuple[str, ...]
     is_resumed: bool
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,4 +123,7 @@ class Failed:
     error: str
 
 
-Event = Queued | IdentityStep | Published | FrameStep | Preview | Done | Failed
+VideoEvent = (
+    Queued | Started | IdentityStep | Published | FrameStep | Preview | Lost | Done | Failed
+)
+Event = VideoEvent | WorkerPlaced | WorkerLost

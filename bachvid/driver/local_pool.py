@@ -1,29 +1,19 @@
-"""The pool that is this process alone."""
+"""The pool that is this process alone. Imports torch when there is work."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bachvid.engine.steps import PreviewFrames, RunStep
+from bachvid.engine.results import PreviewFrames, RunStep
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
-from bachvid.inputs.runs import recorded_steps
 from bachvid.planning.plan import RenderPlan
-from bachvid.planning.resolve import config_hash
 from bachvid.prompts.compose import Prompt
-from bachvid.scheduling.schedule import Slot
-
-if TYPE_CHECKING:
-    from bachvid.engine.results import RenderedVideo
-    from bachvid.engine.worker import ModelWorker
-    from bachvid.kv.cache import IdentityCache
-
-    _Run = Generator[RunStep | IdentityCache | PreviewFrames, None, RenderedVideo | None]
-
 from bachvid.scheduling.pool import (
     Broken,
     CacheLost,
@@ -33,8 +23,21 @@ from bachvid.scheduling.pool import (
     Previewed,
     Recorded,
     Stepped,
-    logger,
 )
+from bachvid.scheduling.schedule import Slot
+
+if TYPE_CHECKING:
+    from bachvid.engine.results import RenderedVideo
+    from bachvid.engine.videos import Said
+    from bachvid.engine.worker import ModelWorker
+    from bachvid.kv.cache import MemoryPieces, SceneCache
+    from bachvid.kv.files import FilePieces
+
+    _Steps = Generator[Said, None, RenderedVideo | None]
+
+logger = logging.getLogger(__name__)
+
+logger = logging.getLogger(__name__)
 
 
 class LocalPool:
@@ -47,120 +50,128 @@ class LocalPool:
     def __init__(self, plan: RenderPlan) -> None:
         self._plan = plan
         self._worker: ModelWorker | None = None
-        self._caches: dict[str, IdentityCache] = {}
-        self._job: Job | None = None
-        self._run: _Run | None = None
+        self._caches: dict[str, SceneCache] = {}
+        self._sink: MemoryPieces | FilePieces | None = None  # of the job, if it is an identity
+        self._running: tuple[Job, _Steps] | None = None
 
     def has_cache(self, job: Job) -> bool:
         """Open the cache that an identity video left in `cache.directory` in another render."""
         folder = self._folder(job)
         if folder is None or not folder.exists():
             return False
-        from bachvid.kv.files import FileKVStore
+        from bachvid.kv.cache import SceneCache
+        from bachvid.kv.files import FilePieces, read_manifest
 
         try:
-            self._caches[job.scene.scene.id] = FileKVStore.load(folder)
+            manifest = read_manifest(folder)
         except CacheMissError as error:
             logger.warning("identity cache not used folder=%s: %s", folder, error)
             return False
+        source = FilePieces(folder, records=manifest.records, config_hash=manifest.config_hash)
+        self._caches[job.scene.scene.id] = SceneCache(manifest, source)
         return True
 
-    def encode(self, prompts: Sequence[Prompt]) -> None:
+    def encode(self, prompts: Sequence[Prompt]) -> Sequence[Message]:
         """Load the model and the embeddings of `prompts`. Raises as `load_model` does."""
-        from bachvid.engine.worker import ModelWorker
-
         start = time.perf_counter()
-        self._worker = self._worker or ModelWorker(self._plan.config, self._plan.facts)
-        self._worker.encode(prompts)
+        worker = self._loaded()
+        worker.encode(prompts)
         logger.info(
             "model loaded name=%s device=%s seconds=%.1f",
             self._plan.facts.name,
-            self._worker.made_with["device"],
+            worker.provenance["device"],
             time.perf_counter() - start,
         )
+        return []
 
     @property
     def idle(self) -> Sequence[Slot]:
         """This process, unless it has a job."""
-        return [] if self._job else [Slot(0, "")]
+        return [] if self._running else [Slot(0, "")]
 
     @property
     def num_workers(self) -> int:
-        """One."""
+        """Always one."""
         return 1
 
     @property
     def is_growing(self) -> bool:
-        """No."""
+        """Never: no worker is ever being started."""
         return False
 
     def start(self, worker: int, job: Job) -> None:
         """Prepare to render; `wait` does it."""
-        from bachvid.engine.videos import FrameVideoActor, IdentityVideoActor
-        from bachvid.kv.cache import MemoryKVStore
+        from bachvid.engine.videos import VideoJob, render_video
+        from bachvid.kv.cache import MemoryPieces
 
-        assert self._worker is not None
-        scene = job.scene.scene.id
-        self._job = job
+        scene, runs = job.scene.scene.id, self._plan.runs(job.video.id)
         if job.is_identity:
-            identity = IdentityVideoActor(self._worker)
-            records = [recorded_steps(self._plan.config.method)]
             folder = self._folder(job)
-            store = MemoryKVStore() if folder is None else self._worker.new_file_store(folder)
-            self._run = identity.render(scene, job.video, store, records=records)
+            self._sink = MemoryPieces() if folder is None else self._loaded().new_files(folder)
+            video = VideoJob("identity", scene, job.video, runs, sink=self._sink)
         else:
-            frame = FrameVideoActor(self._worker)
-            self._run = frame.render(scene, job.video, lambda: self._caches[scene])
+            opened = self._caches.__getitem__
+            video = VideoJob("frame", scene, job.video, runs, open_scene=lambda: opened(scene))
+        self._running = (job, render_video(self._loaded(), video))
 
     def wait(self) -> Sequence[Message]:
         """Render one denoising step of the job."""
-        job, run = self._job, self._run
-        assert job is not None
-        assert run is not None
+        if self._running is None:
+            return []
+        job, steps = self._running
         try:
-            item = next(run)
+            said = next(steps)
         except StopIteration as end:
-            self._job = self._run = None
+            self._running = None
             return self._ended(job, end.value)
         except WorkerError as error:
-            self._job = self._run = None
+            self._running = None
             if isinstance(error.__cause__, CorruptShardError):
                 self.forget(job.scene.scene.id)
                 return [CacheLost(job, str(error))]
             return [Broken(job, str(error))]
-        if isinstance(item, RunStep):
-            return [Stepped(job, item)]
-        if isinstance(item, PreviewFrames):
-            return [Previewed(job, item.frames)]
-        self._caches[job.scene.scene.id] = item
+        if isinstance(said, RunStep):
+            return [Stepped(job, said)]
+        if isinstance(said, PreviewFrames):
+            return [Previewed(job, said.frames)]
+        from bachvid.kv.cache import SceneCache
+
+        assert self._sink is not None, "only an identity has a manifest"
+        self._caches[job.scene.scene.id] = SceneCache(said, self._sink)
         return []
 
     def _ended(self, job: Job, rendered: RenderedVideo) -> Sequence[Message]:
-        from bachvid.kv.files import FileKVStore
+        from bachvid.kv.files import write_manifest
 
-        assert self._worker is not None
-        finished = Finished(job, rendered, self._worker.made_with)
+        finished = Finished(job, rendered, self._loaded().provenance)
         if not job.is_identity:
             return [finished]
-        cache = self._caches[job.scene.scene.id]
-        if isinstance(cache.store, FileKVStore):
-            cache.store.save(cache)
+        folder = self._folder(job)
+        if folder is not None:
+            write_manifest(folder, self._caches[job.scene.scene.id].manifest)
         return [Recorded(job, self._plan.cache_bytes), finished]
+
+    def _loaded(self) -> ModelWorker:
+        """Return the worker of this process; the first call loads the model."""
+        from bachvid.engine.worker import ModelWorker  # imports torch: seconds
+
+        self._worker = self._worker or ModelWorker(self._plan.config, self._plan.facts)
+        return self._worker
 
     def _folder(self, job: Job) -> Path | None:
         """Name the folder for the cache of a scene's identity video, if caches are kept."""
         config, identity = self._plan.config, job.scene.identity
         if config.cache.directory is None:
             return None
-        decisive = json.dumps([config_hash(config), identity.prompt.text, identity.seed])
+        decisive = json.dumps([config.sha256, identity.prompt.text, identity.seed])
         digest = hashlib.sha256(decisive.encode()).hexdigest()[:16]
         return Path(config.cache.directory) / f"{job.scene.scene.id}-{digest}"
 
     def abort(self, job: Job) -> None:
         """End the job, if it is this one that runs."""
-        if job == self._job and self._run is not None:
-            self._run.close()
-            self._job = self._run = None
+        if self._running is not None and self._running[0] == job:
+            self._running[1].close()
+            self._running = None
 
     def forget(self, scene: str) -> None:
         """Free the identity cache of a scene."""
@@ -168,7 +179,7 @@ class LocalPool:
 
     def close(self) -> None:
         """End the job, and free the model."""
-        if self._job:
-            self.abort(self._job)
+        if self._running is not None:
+            self.abort(self._running[0])
         self._caches.clear()
-        self._worker = None
+        self._sink = self._worker = None

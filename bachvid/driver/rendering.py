@@ -1,7 +1,7 @@
-"""One story on its way into one run directory: what is kept, and what is tried again.
+"""Renders one story into one run directory: what is kept, and what is tried again.
 
 It knows no tensor and no model: videos are rendered by a pool of workers, in the order that
-`bachvid.scheduling.schedule` says.
+`bachvid.scheduling.schedule` says, and written by `bachvid.driver.writer`.
 """
 
 from __future__ import annotations
@@ -9,73 +9,62 @@ from __future__ import annotations
 import json
 import logging
 import threading
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
 
 from bachvid.driver.events import (
-    Done,
     Event,
-    Failed,
     FrameStep,
     IdentityStep,
-    Preview,
+    Lost,
     Published,
     Queued,
+    Started,
+    VideoEvent,
 )
 from bachvid.driver.local_pool import LocalPool
-from bachvid.engine.arrays import Frames
-from bachvid.engine.steps import RunStep
+from bachvid.driver.writer import Files, Writer, done_event
+from bachvid.engine.results import RunStep
 from bachvid.errors import WorkerError
-from bachvid.inputs.runs import read_steps
-from bachvid.output.files import (
-    IdentityPicture,
-    contact_sheet,
-    read_identity,
-    wanted_files,
-    write_contact_sheet,
-    write_files,
-    write_preview,
-)
-from bachvid.output.journal import VideoRecord
+from bachvid.output.files import IdentityPicture, contact_sheet, read_identity, wanted_files
 from bachvid.output.run_directory import RunDirectory
-from bachvid.output.sheets import sheet_tiles
-from bachvid.planning.plan import RenderPlan, ScenePlan, VideoPlan
+from bachvid.planning.plan import RenderPlan, ScenePlan
 from bachvid.scheduling.pool import (
     Broken,
     CacheLost,
     Finished,
     Job,
+    JobLost,
+    JobMessage,
     Message,
     Pool,
     Previewed,
     Recorded,
     Stepped,
     WorkerLost,
+    WorkerPlaced,
 )
-from bachvid.scheduling.publication import Publication
 from bachvid.scheduling.schedule import SceneWork, Schedule
+from bachvid.units import pluralize
 
 logger = logging.getLogger(__name__)
-Files = Mapping[str, Path]  # by kind
 
 
 class Rendering:
-    """One story on its way into one run directory."""
+    """Renders one story into one run directory."""
 
     def __init__(self, plan: RenderPlan, run: RunDirectory, cancelled: threading.Event) -> None:
         self._plan, self._run, self._cancelled = plan, run, cancelled
+        self._writer = Writer(plan, run)
+        self._known = {  # what the latents of a video must be, and what they were made with
+            key: (record.latents_sha256, record.provenance)
+            for key, record in run.contents.records.items()
+        }
         self._todo = {scene.scene.id: self._missing(scene) for scene in plan.scenes}  # files
         self._identities: dict[str, IdentityPicture] = {}  # of scenes that are not over
         here = LocalPool(plan)
         self._pool: Pool = here
         self._schedule = self._new_schedule(here)
-        reads = read_steps(plan.config.method)
-        self._runs = len(reads)
-        self._identity_runs = len(Publication[str, str](reads, window=plan.window).records)
         self._early: dict[str, list[Finished]] = {}  # frame videos that wait for theirs
-        self._tiles: dict[str, dict[str, Frames]] = {}
         self._lost: set[str] = set()  # scenes that lost a worker or their cache
         self._failed: set[tuple[str, str]] = set()
         self._ended: set[str] = set()
@@ -87,25 +76,27 @@ class Rendering:
                 if video.id in self._todo[scene.scene.id]:
                     yield Queued(scene.scene.id, video.id)
                 else:
-                    yield self._done(scene, video, is_resumed=True)
+                    record = self._run.record(scene.scene.id, video.id)
+                    assert record is not None
+                    yield done_event(self._run, record, is_resumed=True)
         if not self._schedule.is_over:
             yield from self._render()
-        for scene in self._plan.scenes:  # a crash may have come between video and sheet
-            if not contact_sheet(self._run, scene).exists():
-                write_contact_sheet(self._run, scene, {})
+        self._writer.mend_sheets(self._plan.scenes)
+        yield from self._writer.finish()
 
     def close(self) -> None:
-        """End what runs, and leave a manifest of what there is."""
-        self._pool.close()
-        self._run.write_manifest()
+        """End what runs, write what is rendered, and leave a manifest of what there is."""
+        try:
+            self._pool.close()
+        finally:
+            self._writer.close()
+            self._run.write_manifest()
 
     def _missing(self, scene: ScenePlan) -> dict[str, Files]:
         """Name the files to write, for each video that lacks any."""
         missing: dict[str, Files] = {}
         for video in scene.videos:
-            wanted = wanted_files(
-                self._run, self._plan.config, scene=scene.scene.id, video=video.id
-            )
+            wanted = wanted_files(self._run, self._plan, scene=scene.scene.id, video=video.id)
             paths = self._run.missing(scene.scene.id, video.id, list(wanted.values()))
             if paths:
                 missing[video.id] = {k: path for k, path in wanted.items() if path in paths}
@@ -144,14 +135,17 @@ class Rendering:
             if self._todo[scene.scene.id]:
                 jobs |= {(scene.scene.id, video.id): Job(scene, video) for video in scene.videos}
                 contact_sheet(self._run, scene).unlink(missing_ok=True)  # it shows the old state
-        self._pool.encode([job.video.prompt for job in jobs.values()])
+        for message in self._pool.encode([job.video.prompt for job in jobs.values()]):
+            yield from self._heard(message)
         while not (self._schedule.is_over or self._cancelled.is_set()):
             for given in self._schedule.assign(self._pool.idle, self._pool.num_workers):
-                self._pool.start(given.worker, jobs[given.scene, given.video])
+                job = jobs[given.scene, given.video]
+                self._pool.start(given.worker, job)
+                yield from self._tell(job, Started(given.scene, given.video, given.worker))
             self._make_room(jobs)
             for message in self._pool.wait():
                 yield from self._heard(message)
-                self._end_scene(message.job.scene)
+            yield from self._writer.written()
 
     def _make_room(self, jobs: Mapping[tuple[str, str], Job]) -> None:
         """Let a lost identity video go first, where all workers hold videos that wait for it."""
@@ -171,15 +165,22 @@ class Rendering:
 
     def _heard(self, message: Message) -> Iterator[Event]:
         """Note what a worker says."""
-        job, schedule = message.job, self._schedule
-        scene = job.scene.scene.id
+        match message:
+            case WorkerPlaced() | WorkerLost():
+                yield message
+            case _:
+                for event in self._heard_of(message.job, message):
+                    yield from self._tell(message.job, event)
+                self._end_scene(message.job.scene)
+
+    def _heard_of(self, job: Job, message: JobMessage) -> Iterator[VideoEvent]:
+        """Note what a worker says of its job."""
+        scene, schedule = job.scene.scene.id, self._schedule
         match message:
             case Stepped():
                 yield self._step_event(job, message.step)
             case Previewed():
-                path = self._run.file(scene, "previews", f"{job.video.id}.png")
-                write_preview(path, job.video, message.frames)
-                yield Preview(scene, job.video.id, path)
+                self._writer.preview(job, message.frames)
             case Recorded():
                 yield Published(scene, message.nbytes)
             case Finished() if not job.is_identity and scene not in self._identities:
@@ -188,36 +189,48 @@ class Rendering:
                 if job.is_identity:
                     seen = message.rendered
                     self._identities[scene] = IdentityPicture(seen.frames, seen.foreground)
-                yield from self._finish(message)
+                self._finish(message)
                 for early in self._early.pop(scene, []) if job.is_identity else []:
-                    yield from self._finish(early)
+                    self._finish(early)
             case Broken():
-                yield from self._fail(job, message.error)
-            case WorkerLost() | CacheLost():
+                self._fail(job, message.error)
+            case JobLost() | CacheLost():
                 logger.warning("lost scene=%s video=%s: %s", scene, job.video.id, message.reason)
+                yield Lost(scene, job.video.id, message.reason)
                 self._lost.add(scene)
                 if not schedule.lost(scene, job.video.id):
-                    yield from self._fail(job, f"was lost again and again: {message.reason}")
+                    times = pluralize(schedule.losses(scene, job.video.id), "time")
+                    self._fail(job, f"was lost {times}: {message.reason}")
                 if isinstance(message, CacheLost) and not schedule.identity_lost(scene):
                     identity = Job(job.scene, job.scene.identity)
-                    yield from self._fail(identity, f"its keys and values: {message.reason}")
+                    self._fail(identity, f"what it recorded was lost: {message.reason}")
 
-    def _finish(self, finished: Finished) -> Iterator[Event]:
-        """Keep a rendered video, once that of its identity is here."""
-        job, scene = finished.job, finished.job.scene
-        name = scene.scene.id
-        try:
-            self._keep(finished, self._identities[name])
-        except WorkerError as error:
-            yield from self._fail(job, str(error))
+    def _tell(self, job: Job, event: VideoEvent) -> Iterator[Event]:
+        """Yield an event, or leave it to the writer if one of the same video must come before."""
+        if not self._writer.hold(job, event):
+            yield event
+
+    def _finish(self, finished: Finished) -> None:
+        """Keep a rendered video, now that that of its identity is here, if it is no other."""
+        job, scene = finished.job, finished.job.scene.scene.id
+        found = (finished.rendered.latents_sha256, finished.provenance)
+        before, provenance = self._known.setdefault((scene, job.video.id), found)
+        if before != found[0]:
+            self._fail(
+                job,
+                f"{scene}/{job.video.id} does not come out as it did before (latents "
+                f"{found[0][:12]}, were {before[:12]}): the same weights, versions, device and "
+                f"model.threads give the same video; it was made with "
+                f"{json.dumps(dict(provenance))}. Restore these, or render into another folder",
+            )
             return
-        self._schedule.done(name, job.video.id)
-        self._tiles.setdefault(name, {})[job.video.id] = sheet_tiles(finished.rendered.frames)
-        if self._todo[name].pop(job.video.id, None):  # not an identity video that was run again
-            yield self._done(scene, job.video, is_resumed=False)
+        # An identity video that was run again has no files left to write.
+        files = self._todo[scene].pop(job.video.id, {})
+        self._writer.video(finished, files, self._identities[scene])
+        self._schedule.done(scene, job.video.id)
 
-    def _fail(self, job: Job, error: str) -> Iterator[Event]:
-        """Return a video up; with an identity video all that wait for it."""
+    def _fail(self, job: Job, error: str) -> None:
+        """Give up a video; with an identity video all that wait for it."""
         scene, name = job.scene, job.scene.scene.id
         for video in scene.videos if job.is_identity else [job.video]:
             is_wanted = video.id in self._todo[name]
@@ -230,8 +243,7 @@ class Rendering:
             self._pool.abort(Job(scene, video))
             if is_wanted:
                 logger.warning("video failed scene=%s video=%s", name, video.id)
-                self._run.commit_failure(name, video.id, error)
-                yield Failed(name, video.id, error)
+                self._writer.failure(Job(scene, video), error)
 
     def _end_scene(self, scene: ScenePlan) -> None:
         """Write what tells of a scene once it is over, and let go of it."""
@@ -242,77 +254,17 @@ class Rendering:
         self._pool.forget(name)
         self._identities.pop(name, None)
         self._early.pop(name, None)
-        write_contact_sheet(self._run, scene, self._tiles.pop(name, {}))
-        self._run.write_manifest()
+        self._writer.end_scene(scene)
 
-    def _step_event(self, job: Job, done: RunStep) -> Event:
+    def _step_event(self, job: Job, done: RunStep) -> VideoEvent:
         """Count steps over all runs of a phase, as a caller sees them."""
-        scene, num_steps = job.scene.scene.id, self._plan.config.sampling.num_steps
-        mask_step = self._plan.config.method.mask_step
-        assert num_steps is not None
-        assert mask_step is not None
-        step = done.run * (mask_step + 1) + done.step  # all runs but the last end with this step
-        before = (mask_step + 1) * ((self._identity_runs if job.is_identity else self._runs) - 1)
+        scene, video = job.scene.scene.id, job.video.id
+        runs = self._plan.runs(video)
+        lengths = [len(run.steps) for run in runs]
+        step = sum(lengths[: done.run]) + runs[done.run].steps.index(done.step)
         if job.is_identity:
-            return IdentityStep(scene, step, before + num_steps)
+            return IdentityStep(scene, step, sum(lengths))
+        before = sum(lengths[:-1])
         if step < before:
-            return FrameStep(scene, job.video.id, "pre_pass", step, before)
-        return FrameStep(scene, job.video.id, "main_run", step - before, num_steps)
-
-    def _keep(self, finished: Finished, identity: IdentityPicture) -> None:
-        """Write a video's missing files and journal it. Raises WorkerError if it is another."""
-        scene, video, rendered = finished.job.scene, finished.job.video, finished.rendered
-        files = self._todo[scene.scene.id].get(video.id, {})
-        record = self._run.record(scene.scene.id, video.id)
-        if record is not None and record.latents_sha256 != rendered.latents_sha256:
-            raise WorkerError(
-                f"{scene.scene.id}/{video.id} does not come out as it did before (latents "
-                f"{rendered.latents_sha256[:12]}, were {record.latents_sha256[:12]}): the same "
-                f"weights, versions, device and model.threads give the same video; it was made "
-                f"with {json.dumps(dict(record.made_with))}. Restore these, or render into "
-                f"another folder"
-            )
-        if not files:
-            return
-        start = time.perf_counter()
-        config = self._plan.config
-        written = write_files(
-            files,
-            config=config,
-            temporal_ratio=self._plan.facts.temporal_ratio,
-            video=video,
-            rendered=rendered,
-            identity=identity,
-            config_sha256=self._run.header.config_hash,
-        )
-        digests = {self._run.relative(path): digest for path, digest in written.items()}
-        if record is not None:
-            self._run.commit(replace(record, files={**record.files, **digests}))
-            return
-        self._run.commit(
-            VideoRecord(
-                scene=scene.scene.id,
-                video=video.id,
-                prompt=video.prompt.text,
-                seed=video.seed,
-                latents_sha256=rendered.latents_sha256,
-                frames_sha256=rendered.frames_sha256,
-                files=digests,
-                seconds={**rendered.seconds, "write": round(time.perf_counter() - start, 3)},
-                cache_bytes=rendered.cache_bytes,
-                recoveries=rendered.recoveries,
-                made_with=finished.made_with,
-            )
-        )
-
-    def _done(self, scene: ScenePlan, video: VideoPlan, *, is_resumed: bool) -> Done:
-        record = self._run.record(scene.scene.id, video.id)
-        assert record is not None
-        return Done(
-            scene=scene.scene.id,
-            video=video.id,
-            path=self._run.file(scene.scene.id, f"{video.id}.mp4"),
-            seconds=sum(record.seconds.values()),
-            recoveries=tuple(record.recoveries),
-            is_resumed=is_resumed,
-        )
+            return FrameStep(scene, video, "pre_pass", step, before)
+        return FrameStep(scene, video, "main_run", step - before, lengths[-1])

@@ -1,1 +1,1 @@
-"""One process renders."""
+"""What one process does to render: the loop over steps, the runs of a video, their results."""

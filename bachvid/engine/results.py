@@ -1,4 +1,4 @@
-"""What rendering a video leaves: plain data and arrays. No torch."""
+"""What a worker says while it renders, and what it leaves: plain data and arrays. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,26 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bachvid.engine.arrays import Foreground, Frames
+Frames = NDArray[np.uint8]
+"""Pixels, uint8, (frames, height, width, 3), RGB."""
+
+Foreground = NDArray[np.bool_]
+"""True where the character is: (frames, height, width), in pixels or in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    """A worker has done a step of a video; runs of a video count from 0."""
+
+    run: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewFrames:
+    """What a worker expects a video to become."""
+
+    frames: Frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +42,15 @@ class MatchedTokens:
 class RenderedVideo:
     """One video and what became known about it.
 
-    `frames` are in pixels, `foreground` in tokens, `latents` in the model's own layout.
+    `frames` are in pixels, `foreground` in tokens, `latents` in the model's own layout. A method
+    that takes no mask has no foreground, one that matches nothing no `matched`.
     """
 
     frames: Frames
     latents: NDArray[np.float32]
-    foreground: Foreground
+    foreground: Foreground | None
     matched: MatchedTokens | None
     latents_sha256: str
     frames_sha256: str
     seconds: Mapping[str, float]
     recoveries: tuple[str, ...]
-    cache_bytes: int

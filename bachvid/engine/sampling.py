@@ -1,112 +1,177 @@
-"""Our denoising loop: guidance branches, pre-pass and restart, seeds.
+"""Our loops over the steps of one run: from noise to a video, and along a finished one.
 
-It runs any VideoModel, step for step as the stock diffusers pipeline does: for the same inputs the
-latents are bitwise the same. It keeps no state between calls. It knows no method and no Ray.
-Shapes: B batch, F latent frames, T text tokens, C channels; the order of a latent's axes is the
+They run any VideoModel. `denoise` does step for step what the stock diffusers pipeline does: for
+the same inputs the latents are bitwise the same. Both are iterators that keep nothing in the model
+between two steps, so several can advance in turn in one process. They know no method and no Ray.
+Shapes: B videos, F latent frames, T text tokens, C channels; the order of a latent's axes is the
 model's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bachvid.attention.context import RunContext
-from bachvid.attention.control import AttentionControl
-from bachvid.inputs.config import SamplingConfig
+from bachvid.attention.control import AttentionControl, Denoised, Guided
+from bachvid.inputs.sections import ResolvedSampling
 from bachvid.layout.gangs import BRANCHES, Branch, cut_passes
+from bachvid.methods.base import Run
 from bachvid.models.base import VideoModel, attention_control
-from bachvid.models.solvers import _build_solver
 
 
-class Denoised(NamedTuple):
-    """A step, the latents that it leaves, and what they are expected to become (x0 hat)."""
+class Track(NamedTuple):
+    """A finished video, and the latents that stand for it before each step."""
 
-    step: int
-    latents: Tensor
-    estimate: Tensor
+    clean: Tensor
+    before: Callable[[int], Tensor]
+
+
+def source_track(
+    model: VideoModel, clean: Tensor, noise: Tensor, sampling: ResolvedSampling
+) -> Track:
+    """Return the track of finished latents, which one `noise` covers as much as at each step."""
+    solver = model.solver(sampling, noise, noise_seed=0)  # what it would draw, no step uses
+    return Track(clean, lambda step: solver.noised(clean, noise, step).to(noise.dtype))
 
 
 @torch.no_grad()
 def denoise(
     model: VideoModel,
-    run: RunContext,
+    context: RunContext,
+    run: Run,
     *,
     prompt_embeds: Tensor,
     negative_embeds: Tensor | None,
     noise: Tensor,
     noise_seed: int,
-    sampling: SamplingConfig,
+    sampling: ResolvedSampling,
     control: AttentionControl | None = None,
-    stop_after: int | None = None,
 ) -> Iterator[Denoised]:
-    """Denoise `noise`, latents of B videos, and yield after each step.
+    """Denoise `noise`, latents of B videos, and yield after each step of `run`.
 
     The last latents are the result. Closing the iterator ends the run. Every call starts afresh, so
     that a main run after a pre-pass is the run that it would have been without one.
 
     Args:
-        model: its processors are restored when the run ends, fails or is closed.
-        run: its step and branches are set before every forward.
+        model: the control is in its processors during the forwards of a step, at no other time.
+        context: its step and branches are set before every forward.
+        run: its steps begin with 0. At the last one, if the schedule goes on behind it, the
+            transformer runs, but nothing is guided or solved: what it saw is all that is wanted.
         prompt_embeds: [B, T, C].
-        negative_embeds: [B, T, C]; None only if guidance_scale <= 1, which means no guidance.
-        noise: what `model.initial_noise(noise_seed, video)` gives, unless B > 1.
-        noise_seed: a stochastic scheduler (DPM) goes on drawing from this seed's generator, behind
+        negative_embeds: [B, T, C]; not used if guidance_scale <= 1, which means no guidance.
+        noise: what `model.initial_noise(noise_seed, video)` returns, unless B > 1.
+        noise_seed: a stochastic solver (DPM) goes on drawing from this seed's generator, behind
             the initial noise.
-        sampling: complete, as `resolve_config` returns it.
-        control: what a method does to attention; None leaves diffusers' own processors in place.
-        stop_after: end a pre-pass at this step: the transformer runs on it, the scheduler does
-            not, and what the transformer saw is yielded.
+        sampling: the schedule and the guidance.
+        control: what a method does; None leaves diffusers' own processors in place.
     """
-    assert sampling.guidance_scale is not None
-    is_guided = sampling.guidance_scale > 1
-    embeds: dict[Branch, Tensor] = {"cond": prompt_embeds}
-    if is_guided:
-        assert negative_embeds is not None
-        embeds["uncond"] = negative_embeds
-    solver = _build_solver(model, noise, noise_seed=noise_seed, sampling=sampling)
+    assert run.steps == tuple(range(len(run.steps))), "a solver takes every step, from 0"
+    embeds = _embeds_of_branches(prompt_embeds, negative_embeds, sampling)
+    solver = model.solver(sampling, noise, noise_seed)
+    guide = (control or AttentionControl()).guide
+    is_whole = run.steps[-1] == sampling.num_steps - 1
     latents = estimate = noise
-    with attention_control(model, run, control) if control else nullcontext():
-        for step, timestep in enumerate(solver.timesteps):
-            run.step = step
-            predictions = _predict(model, run, latents, timestep, embeds)
-            if step != stop_after:
-                prediction = predictions["cond"]
-                if is_guided:
-                    uncond = predictions["uncond"]
-                    prediction = uncond + sampling.guidance_scale * (prediction - uncond)
-                advanced, estimate = solver.advance(step, prediction, latents)
-                latents = advanced.to(noise.dtype)
-            yield Denoised(step, latents, estimate.to(noise.dtype))
-            if step == stop_after:
-                break
+    for step in run.steps:
+        predictions = _predict(model, context, step, latents, solver.timesteps, embeds, control)
+        if is_whole or step != run.steps[-1]:
+            predictions = _of_all_branches(context, predictions, embeds)
+            predicted = Guided(
+                step,
+                cond=predictions["cond"],
+                uncond=predictions.get("uncond"),
+                scale=sampling.guidance_scale,
+                latents=latents,
+                estimate=partial(solver.estimate, step, latents=latents),
+            )
+            advanced, estimate = solver.advance(step, guide(predicted), latents)
+            latents = advanced.to(noise.dtype)
+        done = Denoised(step, latents, estimate.to(noise.dtype))
+        if control is not None:
+            control.stepped(done)
+        yield done
+
+
+@torch.no_grad()
+def replay(
+    model: VideoModel,
+    context: RunContext,
+    run: Run,
+    *,
+    prompt_embeds: Tensor,
+    negative_embeds: Tensor | None,
+    track: Track,
+    sampling: ResolvedSampling,
+    control: AttentionControl | None = None,
+) -> Iterator[Denoised]:
+    """Show the transformer a finished video as it is at each step of `run`, and yield after each.
+
+    Nothing is solved: the latents are those of the track, the estimate is the video itself. The
+    arguments are those of `denoise`; the steps of `run` may be any.
+    """
+    embeds = _embeds_of_branches(prompt_embeds, negative_embeds, sampling)
+    timesteps = model.solver(sampling, track.clean, noise_seed=0).timesteps
+    for step in run.steps:
+        latents = track.before(step)
+        _predict(model, context, step, latents, timesteps, embeds, control)
+        done = Denoised(step, latents, track.clean)
+        if control is not None:
+            control.stepped(done)
+        yield done
+
+
+def _embeds_of_branches(
+    prompt_embeds: Tensor, negative_embeds: Tensor | None, sampling: ResolvedSampling
+) -> dict[Branch, Tensor]:
+    if sampling.guidance_scale <= 1:
+        return {"cond": prompt_embeds}
+    assert negative_embeds is not None, "guidance needs the embeddings of a negative prompt"
+    return {"cond": prompt_embeds, "uncond": negative_embeds}
 
 
 def _predict(
     model: VideoModel,
-    run: RunContext,
+    context: RunContext,
+    step: int,
     latents: Tensor,
-    timestep: Tensor,
+    timesteps: Tensor,
     embeds: Mapping[Branch, Tensor],
+    control: AttentionControl | None,
 ) -> dict[Branch, Tensor]:
-    """Run the transformer on all branches of a step, and give the prediction of each.
+    """Run the transformer on this rank's branches of a step, and return the prediction of each.
 
-    As many forwards as the model's family has; a rank that shares guidance runs its own branch,
-    and gets the other's prediction from another rank.
+    As many forwards as the model's family has. The control is installed for them only: another
+    run of this process may be at its step before this one is at its next.
     """
-    group = run.group
-    is_shared = group.cfg_size > 1 and len(embeds) > 1
-    own = (BRANCHES[group.cfg_rank],) if is_shared else tuple(embeds)
+    context.step = step
+    own = tuple(embeds)
+    if _shares_branches(context, embeds):
+        own = (BRANCHES[context.group.cfg_rank],)
     predictions: dict[Branch, Tensor] = {}
-    for branches in cut_passes(model.facts.passes, own):
-        run.branches = branches
-        batch = torch.cat([latents] * len(branches))
-        joined = model.predict(batch, timestep, torch.cat([embeds[name] for name in branches]))
-        predictions |= zip(branches, joined.chunk(len(branches)), strict=True)
-    if is_shared:
-        predictions = dict(zip(BRANCHES, group.gather_branches(predictions[own[0]]), strict=True))
+    with attention_control(model, context, control) if control is not None else nullcontext():
+        for branches in cut_passes(model.facts.passes, own):
+            context.branches = branches
+            batch = torch.cat([latents] * len(branches))
+            joined_embeds = torch.cat([embeds[name] for name in branches])
+            joined = model.predict(batch, timesteps[step], joined_embeds)
+            predictions |= zip(branches, joined.chunk(len(branches)), strict=True)
     return predictions
+
+
+def _of_all_branches(
+    context: RunContext, predictions: dict[Branch, Tensor], embeds: Mapping[Branch, Tensor]
+) -> dict[Branch, Tensor]:
+    """Return the predictions of all branches, the other's from another rank where they share."""
+    if not _shares_branches(context, embeds):
+        return predictions
+    (own,) = predictions.values()
+    return dict(zip(BRANCHES, context.group.gather_branches(own), strict=True))
+
+
+def _shares_branches(context: RunContext, embeds: Mapping[Branch, Tensor]) -> bool:
+    return context.group.cfg_size > 1 and len(embeds) > 1

@@ -1,111 +1,114 @@
-"""Renders one video in one process, in the role of an identity or of a frame video."""
+"""Renders one video in one process: any role, all runs that its method and the plan name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from bachvid.attention.context import RunContext
-from bachvid.engine.results import RenderedVideo
-from bachvid.engine.steps import Phase, PreviewFrames, RunStep
-from bachvid.engine.timing import timed
+from bachvid.engine.results import Frames, PreviewFrames, RenderedVideo, RunStep
 from bachvid.engine.worker import ModelWorker
 from bachvid.errors import WorkerError
-from bachvid.kv.cache import IdentityCache, KVStore
-from bachvid.methods.base import Observation
+from bachvid.kv.cache import IdentityManifest, MemoryPieces, PieceSink, SceneCache
+from bachvid.methods.base import Observation, Role, Run, RunInputs
 from bachvid.planning.plan import VideoPlan
 
 
-class IdentityVideoActor:
-    """Renders the identity video of a scene and records what its frame videos need."""
+@dataclass(frozen=True, slots=True)
+class VideoJob:
+    """One video to render.
 
-    def __init__(self, worker: ModelWorker) -> None:
-        self._worker = worker
+    runs: in order; the last one is the video.
+    sink: of an identity, takes what it records.
+    open_scene: of a frame video, returns the cache of its scene when a run first reads; it may
+        wait for the identity.
+    source: of an identity that is not sampled: the frames of a finished video, which its runs
+        replay.
+    """
 
-    def render(
-        self,
-        scene: str,
-        video: VideoPlan,
-        store: KVStore,
-        *,
-        records: Sequence[Sequence[int]],
-    ) -> Generator[RunStep | IdentityCache | PreviewFrames, None, RenderedVideo | None]:
-        """Render the video: yield every step, and the cache as soon as the mask is known.
-
-        There is one run for each of `records`, which names the steps that it puts into `store`.
-        All but the last end with the mask step: they serve pre-passes, which end there too. The
-        cache is yielded in the first run. Every rank of a gang yields the same steps.
-        Raises WorkerError, naming video and step, whatever goes wrong.
-        """
-        worker, seconds = self._worker, dict[str, float]()
-        run = worker.new_run()
-        with _blamed(scene, video, run):
-            prompt = worker.tokenize(video)
-            for number, steps in enumerate(records):
-                control = worker.method.identity_control(run, prompt, store, steps=steps)
-                phase: Phase = "main_run" if number == len(records) - 1 else "pre_pass"
-                with timed(seconds, phase):
-                    for done in worker.denoise(run, video, control, phase=phase):
-                        latents = done.latents
-                        yield RunStep(number, done.step)
-                        if number == 0 and done.step == worker.config.method.mask_step:
-                            yield control.cache(video.seed)
-                        if phase == "main_run":
-                            yield from worker.previews(done)
-            return worker.finish(latents, control, seconds=seconds, cache_bytes=store.nbytes)
+    role: Role
+    scene: str
+    video: VideoPlan
+    runs: tuple[Run, ...]
+    sink: PieceSink | None = None
+    open_scene: Callable[[], SceneCache] | None = None
+    source: Frames | None = None
 
 
-class FrameVideoActor:
-    """Renders frame videos, each from the identity cache of its scene."""
+Said = RunStep | IdentityManifest | PreviewFrames
 
-    def __init__(self, worker: ModelWorker) -> None:
-        self._worker = worker
 
-    def render(
-        self, scene: str, video: VideoPlan, open_cache: Callable[[], IdentityCache]
-    ) -> Generator[RunStep | PreviewFrames, None, RenderedVideo | None]:
-        """Render the video: yield every step of all its runs, as `method.reads` counts them.
+def render_video(worker: ModelWorker, job: VideoJob) -> Generator[Said, None, RenderedVideo | None]:
+    """Render a video, and yield every step of all its runs; return None on a rank without pixels.
 
-        `open_cache` gives the cache when it is first needed; it may wait for the identity video.
-        Raises WorkerError, naming video and step, whatever goes wrong.
-        """
-        worker, seconds = self._worker, dict[str, float]()
-        method, run = worker.method, worker.new_run()
-        observation: Observation | None = None
-        with _blamed(scene, video, run):
-            prompt = worker.tokenize(video)
-            for number, steps in enumerate(method.reads[:-1]):
-                with timed(seconds, "pre_pass"):
-                    cache = _begin(open_cache(), steps) if steps else None
-                    control = method.pre_pass_control(run, prompt, cache, observation)
-                    for done in worker.denoise(run, video, control, phase="pre_pass"):
-                        yield RunStep(number, done.step)
-                    observation = control.observation
-            with timed(seconds, "main_run"):  # matching belongs to it
-                cache = _begin(open_cache(), method.reads[-1])
-                control = method.frame_control(run, prompt, cache, observation)
-                for done in worker.denoise(run, video, control, phase="main_run"):
+    The manifest of an identity is yielded as soon as the video is observed, once. Every rank of a
+    gang yields the same steps.
+    Raises WorkerError, naming video and step, whatever goes wrong.
+    """
+    seconds: dict[str, float] = {}
+    context, kept = worker.new_context(), MemoryPieces()
+    earlier: list[Observation] = []
+    is_announced = job.role != "identity"
+    with _blamed(job, context):
+        prompt = worker.tokenize(job.video)
+        clean = None if job.source is None else worker.model.encode(job.source)
+        track = None if clean is None else worker.source_track(clean, job.video)
+        for number, run in enumerate(job.runs):
+            is_last = number == len(job.runs) - 1
+            with _timed(seconds, "main_run" if is_last else "pre_pass"):  # matching belongs to it
+                scene = _open_scene(worker, job, run)
+                given = RunInputs(run, context, prompt, kept, job.sink, scene, tuple(earlier))
+                # Where an identity is run again for its readers, it is the same run to a method.
+                control = worker.method.control(
+                    job.role, 0 if job.role == "identity" else number, given
+                )
+                for done in worker.steps(context, run, job.video, control, track):
                     latents = done.latents
-                    yield RunStep(len(method.reads) - 1, done.step)
-                    yield from worker.previews(done)
-            return worker.finish(latents, control, seconds=seconds, cache_bytes=cache.store.nbytes)
+                    yield RunStep(number, done.step)
+                    seen = control.observation
+                    if seen is not None and not is_announced:
+                        is_announced = True
+                        yield worker.manifest(context, seen, job.video.seed)
+                    if is_last and track is None:
+                        yield from worker.previews(done)
+            if control.observation is not None:
+                earlier.append(control.observation)
+        with _timed(seconds, "decode"):
+            frames = worker.decode(latents) if clean is None else job.source
+        if frames is None or not worker.sees_pixels:
+            return None
+        return worker.rendered(latents if clean is None else clean, frames, control, seconds)
 
 
-def _begin(cache: IdentityCache, steps: Sequence[int]) -> IdentityCache:
-    cache.store.begin(steps)
-    return cache
+def _open_scene(worker: ModelWorker, job: VideoJob, run: Run) -> SceneCache | None:
+    """Return what a run reads, checked, and begin to read it; None if it reads nothing."""
+    if not run.reads:
+        return None
+    assert job.open_scene is not None, "only a frame video reads"
+    scene = job.open_scene()
+    worker.check(scene.manifest)
+    scene.source.begin(run.sources)
+    return scene
 
 
 @contextmanager
-def _blamed(scene: str, video: VideoPlan, run: RunContext) -> Iterator[None]:
-    """Name video and step in whatever goes wrong: here a process may end.
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add to the seconds of a stage, which may come more than once."""
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
 
-    A step callback that cancels raises no Exception, but a BaseException, and passes.
-    """
+
+@contextmanager
+def _blamed(job: VideoJob, context: RunContext) -> Iterator[None]:
+    """Wrap any failure in a WorkerError that names the video and the step."""
     try:
         yield
     except Exception as error:
         reason = str(error).strip() or "no reason given"
         raise WorkerError(
-            f"{scene}/{video.id} failed at step {run.step}: {type(error).__name__}: {reason}"
+            f"{job.scene}/{job.video.id} failed at step {context.step}: "
+            f"{type(error).__name__}: {reason}"
         ) from error

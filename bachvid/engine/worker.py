@@ -1,14 +1,14 @@
-"""The roles that render: one worker holds a model, an identity actor and a frame actor use it.
+"""One process's model, method and token layout: what every video that it renders shares.
 
-Plain classes: they know no run directory, no order of work and no Ray. The ranks of a gang each
-have a worker, and run the same roles on the same videos, in step; rank 0 alone sees pixels.
+Knows no run directory, no order of work and no Ray. The ranks of a gang each have a worker, and
+render the same videos in step; rank 0 alone sees pixels.
 """
 
 from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -19,37 +19,35 @@ from torch import Tensor
 
 from bachvid import __version__
 from bachvid.attention.context import RunContext
+from bachvid.attention.control import Denoised
 from bachvid.attention.groups import ALONE, SequenceGroup
 from bachvid.catalog.facts import ModelFacts
-from bachvid.engine.arrays import Frames
-from bachvid.engine.results import MatchedTokens, RenderedVideo
-from bachvid.engine.sampling import Denoised, denoise
-from bachvid.engine.steps import Phase, PreviewFrames
-from bachvid.engine.timing import timed
-from bachvid.inputs.config import RenderConfig
-from bachvid.kv.files import FileKVStore
+from bachvid.engine.results import Frames, MatchedTokens, PreviewFrames, RenderedVideo
+from bachvid.engine.sampling import Track, denoise, replay, source_track
+from bachvid.kv.cache import IdentityManifest
+from bachvid.kv.files import FilePieces
 from bachvid.kv.packing import StepPacker
 from bachvid.layout.gangs import Gang, RankShare
-from bachvid.methods import build_method
-from bachvid.methods.base import MethodControl, MethodSettings
+from bachvid.methods.base import Observation, Run, RunControl
 from bachvid.methods.ops.injection import InjectedTokens
 from bachvid.methods.ops.masks import MaskRecovery
 from bachvid.models.registry import load_model
+from bachvid.planning.config import ResolvedConfig
 from bachvid.planning.plan import VideoPlan
-from bachvid.planning.resolve import config_hash
+from bachvid.planning.resolve import build_method
 from bachvid.prompts.compose import Prompt
 from bachvid.prompts.tokenizer import PromptTokenizer, TokenizedPrompt
 
 
 class ModelWorker:
-    """One process's model, method and token layout, for both roles; as one rank of `group`.
+    """A model with its method, as one rank of `group`.
 
     `model.threads` is set for the whole process: torch knows one number of threads only.
     Raises ConfigError or ModelSupportError if the model cannot be loaded.
     """
 
     def __init__(
-        self, config: RenderConfig, facts: ModelFacts, group: SequenceGroup = ALONE
+        self, config: ResolvedConfig, facts: ModelFacts, group: SequenceGroup = ALONE
     ) -> None:
         if config.model.threads is not None:
             torch.set_num_threads(config.model.threads)
@@ -59,10 +57,10 @@ class ModelWorker:
         self.model = load_model(config.model, facts, group)
         self._decodes_together = False
         if group is not ALONE:
-            from bachvid.attention.parallel import share_decoder
+            from bachvid.attention.parallel import share_decoder  # not needed by a single rank
 
             self._decodes_together = share_decoder(self.model.vae)
-        self.method = build_method(config.method, config_hash=config_hash(config))
+        self.method = build_method(config)
         self.layout = self.model.layout(config.video)
         self.embeds: dict[str, Tensor] = {}  # [1, T, C] by prompt; the negative one is needed too
         self._tokenizer: PromptTokenizer | None = None
@@ -76,26 +74,19 @@ class ModelWorker:
 
     @property
     def sees_pixels(self) -> bool:
-        """Whether this rank has the frames of a video: one of a gang does."""
+        """Whether this rank receives decoded frames (rank 0 of a gang only)."""
         return self.group.rank == self.group.cfg_rank == 0
 
-    def decode(self, latents: Tensor) -> Frames | None:
-        """Decode, on this rank or with the whole gang; None for a rank that sees no pixels."""
-        if not (self.sees_pixels or self._decodes_together):
-            return None
-        frames = self.model.decode(latents)
-        return frames if self.sees_pixels else None
-
     @property
-    def made_with(self) -> dict[str, str]:
-        """Versions and device: what a video must be rendered with to come out the same again."""
+    def provenance(self) -> dict[str, str]:
+        """Versions and device needed to reproduce a video bit for bit."""
         device = self.model.device
         is_gpu = device.type == "cuda"
         size, cfg = self.group.size, self.group.cfg_size
         ranks = f"{size} x cfg {cfg}" if cfg > 1 else str(size)
         return {
             "bachvid": __version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # of a class of torch, which the driver has not
             "diffusers": metadata.version("diffusers"),
             "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
             "threads": str(torch.get_num_threads()),
@@ -111,31 +102,21 @@ class ModelWorker:
         self.embeds = dict(zip(texts, torch.split(embeds_PTC, 1), strict=True))
         self.model.free_text_encoder()
 
-    def new_run(self) -> RunContext:
+    def new_context(self) -> RunContext:
         """Return the context of one video, before its first step."""
         return RunContext(
             layout=self.layout, rotary=self.model.rotary(self.config.video), group=self.group
         )
 
     def new_packer(self) -> StepPacker:
-        """Return a store that packs what an identity video records."""
-        settings = MethodSettings.from_config(self.config.method)
+        """Return a sink that packs what an identity video records, step by step."""
         return StepPacker(
-            share=self.share,
-            layers=settings.vital_layers,
-            branches=settings.branches,
-            config_hash=config_hash(self.config),
+            share=self.share, records=self.method.records, config_hash=self.config.sha256
         )
 
-    def new_file_store(self, folder: Path) -> FileKVStore:
-        """Return a store that keeps what an identity video records, as files, if it is alone."""
-        settings = MethodSettings.from_config(self.config.method)
-        return FileKVStore(
-            folder,
-            layers=settings.vital_layers,
-            branches=settings.branches,
-            config_hash=config_hash(self.config),
-        )
+    def new_files(self, folder: Path) -> FilePieces:
+        """Return a sink that keeps what an identity video records as files."""
+        return FilePieces(folder, records=self.method.records, config_hash=self.config.sha256)
 
     def tokenize(self, video: VideoPlan) -> TokenizedPrompt:
         """Return the tokens of a video's prompt, from the plan where it has them."""
@@ -146,21 +127,76 @@ class ModelWorker:
         )
         return self._tokenizer.tokenize(video.prompt)
 
-    def denoise(
-        self, run: RunContext, video: VideoPlan, control: MethodControl, *, phase: Phase
+    def source_track(self, clean: Tensor, video: VideoPlan) -> Track:
+        """Return the track of a finished video, noised to each step by the noise of `video`."""
+        noise = self.model.initial_noise(video.seed, self.config.video)
+        return source_track(self.model, clean, noise, self.config.sampling)
+
+    def steps(
+        self,
+        context: RunContext,
+        run: Run,
+        video: VideoPlan,
+        control: RunControl,
+        track: Track | None,
     ) -> Iterator[Denoised]:
-        """Denoise one video from its seed, step by step; a pre-pass ends at the mask step."""
+        """Render one run of a video, step by step: from its seed's noise, or along a track."""
+        sampling, embeds = self.config.sampling, self.embeds
+        prompt_embeds, negative = embeds[video.prompt.text], embeds[sampling.negative_prompt]
+        if track is not None:
+            return replay(
+                self.model,
+                context,
+                run,
+                prompt_embeds=prompt_embeds,
+                negative_embeds=negative,
+                track=track,
+                sampling=sampling,
+                control=control,
+            )
         return denoise(
             self.model,
+            context,
             run,
-            prompt_embeds=self.embeds[video.prompt.text],
-            negative_embeds=self.embeds[self.config.sampling.negative_prompt],
+            prompt_embeds=prompt_embeds,
+            negative_embeds=negative,
             noise=self.model.initial_noise(video.seed, self.config.video),
             noise_seed=video.seed,
-            sampling=self.config.sampling,
+            sampling=sampling,
             control=control,
-            stop_after=self.config.method.mask_step if phase == "pre_pass" else None,
         )
+
+    def manifest(self, context: RunContext, seen: Observation, seed: int) -> IdentityManifest:
+        """Return what readers of an identity must know: a collective, for the features of all."""
+        foreground = seen.foreground
+        return IdentityManifest(
+            layout=self.layout,
+            records=self.method.records,
+            foreground_mask_N=None if foreground is None else foreground.mask_N.cpu(),
+            features={
+                layer: context.gather_positions(x_NC.to(self.model.device)).cpu()
+                for layer, x_NC in seen.features.items()
+            },
+            seed=seed,
+            config_hash=self.config.sha256,
+        )
+
+    def check(self, manifest: IdentityManifest) -> None:
+        """Check that a frame video finds all that it reads. Raises CacheMissError, LayoutError."""
+        matching = self.method.matching
+        manifest.check(
+            self.layout,
+            records=self.method.records,
+            match_layers=matching.layers if matching else (),
+            config_hash=self.config.sha256,
+        )
+
+    def decode(self, latents: Tensor) -> Frames | None:
+        """Decode, on this rank or with the whole gang; None for a rank that sees no pixels."""
+        if not (self.sees_pixels or self._decodes_together):
+            return None
+        frames = self.model.decode(latents)
+        return frames if self.sees_pixels else None
 
     def previews(self, done: Denoised) -> Iterator[PreviewFrames]:
         """Decode what a step of a main run expects, if the config wants it of this step."""
@@ -170,34 +206,28 @@ class ModelWorker:
             if frames is not None:
                 yield PreviewFrames(frames)
 
-    def finish(
-        self,
-        latents: Tensor,
-        control: MethodControl,
-        *,
-        seconds: dict[str, float],
-        cache_bytes: int,
-    ) -> RenderedVideo | None:
-        """Decode the latents of a video and put together what is known about it.
-
-        None for a rank that sees no pixels.
-        """
-        with timed(seconds, "decode"):
-            frames = self.decode(latents)
-        if frames is None:
-            return None
+    def rendered(
+        self, latents: Tensor, frames: Frames, control: RunControl, seconds: Mapping[str, float]
+    ) -> RenderedVideo:
+        """Put together what is known about a finished video."""
         seen = control.observation
+        assert seen is not None, "a video ends after its mask step"
+        grid, foreground, injected = self.layout.grid, seen.foreground, control.injected
         return RenderedVideo(
             frames=frames,
             latents=latents.float().cpu().numpy(),
-            foreground=seen.foreground.mask_N.cpu().numpy().reshape(self.layout.grid),
-            matched=_matched_tokens(control.injected, self.layout.grid),
+            foreground=None if foreground is None else _array(foreground.mask_N).reshape(grid),
+            matched=None if injected is None else _matched_tokens(injected, grid),
             latents_sha256=_latents_sha256(latents),
             frames_sha256=array_sha256(frames),
             seconds=seconds,
             recoveries=tuple(_recovery_text(recovery) for recovery in seen.recoveries),
-            cache_bytes=cache_bytes,
         )
+
+
+def _array(mask_N: Tensor) -> NDArray[np.bool_]:
+    array: NDArray[np.bool_] = mask_N.cpu().numpy()
+    return array
 
 
 def array_sha256(array: NDArray[np.uint8]) -> str:
@@ -214,11 +244,7 @@ def _latents_sha256(latents: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _matched_tokens(
-    injected: InjectedTokens | None, grid: tuple[int, int, int]
-) -> MatchedTokens | None:
-    if injected is None:
-        return None
+def _matched_tokens(injected: InjectedTokens, grid: tuple[int, int, int]) -> MatchedTokens:
     index_N = np.zeros(grid, dtype=np.int64).ravel()
     used_N = np.zeros(index_N.shape, dtype=np.bool_)
     positions_Q = injected.foreground_positions_Q.cpu().numpy()

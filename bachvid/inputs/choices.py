@@ -1,12 +1,8 @@
-"""The words that a config may choose from."""
+"""The named choices of config keys. No torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Literal
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 SchedulerName = Literal["ddim", "dpm", "unipc", "euler"]
@@ -17,6 +13,6 @@ MatchWithin = Literal["video", "foreground"]
 PrePassInjection = Literal["background", "none"]
 ProfileName = Literal["paper", "fast"]
 CachePolicy = Literal["auto", "window", "retain"]
-Policy = Literal["window", "retain"]  # what `auto` comes out as
+Policy = Literal["window", "retain"]  # what `auto` resolves to
 Offload = Literal["none", "model"]
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}

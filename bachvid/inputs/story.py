@@ -37,7 +37,7 @@ _ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 def _check_text(text: str) -> str:
     folded = " ".join(text.split())
     if not folded:
-        raise ValueError("is empty; write what is to be seen")
+        raise ValueError("is empty; describe what should be visible")
     for character in folded:
         if unicodedata.category(character) in ("Cc", "Cs"):
             raise ValueError(f"has the control character U+{ord(character):04X}; remove it")
@@ -99,7 +99,7 @@ class Action(_Part):
 
 
 class Nouns(_Part):
-    """The words that name the things of a scene. None: all of the part but function words."""
+    """The words that name the things of a scene. None: all of the segment but function words."""
 
     background: Annotated[tuple[Text, ...], Field(strict=False)] | None = None
     character: Annotated[tuple[Text, ...], Field(strict=False)] | None = None
@@ -145,12 +145,13 @@ class Scene(_Part):
     @field_validator("nouns")
     @classmethod
     def _check_nouns(cls, nouns: Nouns, info: ValidationInfo) -> Nouns:
-        for part, words in (("background", nouns.background), ("character", nouns.character)):
+        for segment, words in (("background", nouns.background), ("character", nouns.character)):
             for word in words or ():
                 # A text that is itself wrong is not there, and is reported.
-                if part in info.data and not find_words([word], info.data[part]):
+                if segment in info.data and not find_words([word], info.data[segment]):
                     raise ValueError(
-                        f"{part} has {quote(word)}, which is no word of {quote(info.data[part])}"
+                        f"{segment} has {quote(word)}, which is no word of "
+                        f"{quote(info.data[segment])}"
                     )
         return nouns
 
@@ -255,12 +256,13 @@ def _check_ids(whole: str, part: str, ids: list[str]) -> None:
 
 
 def _split_prompt(line: str, *, source: str) -> tuple[str, str, str]:
-    parts = [" ".join(part.split()) for part in line.split("#")]
-    if len(parts) != 3:
+    segments = [" ".join(segment.split()) for segment in line.split("#")]
+    if len(segments) != 3:
         raise ConfigError(
-            f"{source}: has {len(parts)} parts between '#': a line is background#character#action"
+            f"{source}: has {len(segments)} segments between '#': "
+            f"a line is background#character#action"
         )
-    for name, part in zip(("background", "character", "action"), parts, strict=True):
-        if not part:
-            raise ConfigError(f"{source}: the {name} is empty; write what is to be seen")
-    return parts[0], parts[1], parts[2]
+    for name, segment in zip(("background", "character", "action"), segments, strict=True):
+        if not segment:
+            raise ConfigError(f"{source}: the {name} is empty; describe what should be visible")
+    return segments[0], segments[1], segments[2]

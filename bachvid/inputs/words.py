@@ -1,4 +1,4 @@
-"""Words of a prompt: how they are cleaned, and which of them name what is to be seen. No torch."""
+"""Words of a prompt: how they are cleaned, and which of them name something visible. No torch."""
 
 from __future__ import annotations
 

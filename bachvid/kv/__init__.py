@@ -1,1 +1,1 @@
-"""What identity videos leave, and how it travels."""
+"""What an identity video leaves to its frame videos, and how that is stored, packed and pulled."""

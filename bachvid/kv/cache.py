@@ -1,84 +1,100 @@
-"""The identity cache: keys and values of the identity video, and what its reader must agree with.
+"""What an identity video leaves to the frame videos of its scene: a manifest, and pieces.
 
-Knows no model and no method. Shape suffixes: see `bachvid.attention.attend`.
+Knows no model and no method, and imports no torch. Shape suffixes: see `bachvid.attention.control`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
-
-from bachvid.attention.control import AttentionSite
 from bachvid.errors import CacheMissError, LayoutError
-from bachvid.layout.gangs import Branch
+from bachvid.layout.records import AttentionSite, Kind, Records
 from bachvid.layout.tokens import TokenLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAME_CONFIG = "render the identity video and its frame videos with the same story and config"
 
 
 @dataclass(frozen=True, slots=True)
-class KVShard:
-    """Keys and values of one site: video rows only, keys before RoPE."""
+class Shard:
+    """The pieces of one site, of a rank's heads: [B, M, H, D] each, queries and keys before RoPE.
+
+    M are all video rows or, with `positions_M` (int64, rising), those of these positions.
+    """
 
     site: AttentionSite
-    key_BMHD: Tensor
-    value_BMHD: Tensor
+    pieces: Mapping[Kind, Tensor]
+    positions_M: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and the values."""
-        return self.key_BMHD.nbytes + self.value_BMHD.nbytes
+        """Bytes of all pieces."""
+        return sum(piece.nbytes for piece in self.pieces.values())
 
 
-class KVStore(Protocol):
-    """Where the shards of one identity video lie.
+def format_site(site: AttentionSite) -> str:
+    """Return a site as messages name it."""
+    return f"step {site.step}, layer {site.layer}, branch {site.branch}"
 
-    A run of a frame video reads the steps that it announced in rising order; within a step the
-    layers in rising order, within a layer the branches in the order of `IdentityCache.branches`.
-    """
 
-    def put(self, shard: KVShard) -> None:
+def have_same_rows(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether two `positions_M` are the same row set; None is the set of all rows."""
+    if first is None or second is None:
+        return first is second
+    return first is second or first.equal(second)
+
+
+class PieceSink(Protocol):
+    """Takes what a run records."""
+
+    def put(self, shard: Shard) -> None:
         """Keep a shard and own its tensors; one of the same site is replaced."""
 
-    def begin(self, steps: Sequence[int]) -> None:
-        """Announce the steps that the next run reads, so that a store that pulls can be ahead."""
 
-    def get(self, site: AttentionSite) -> KVShard:
-        """Return the shard of `site`, to be read before the next layer's is asked for.
+class PieceSource(Protocol):
+    """Gives what was recorded.
+
+    A run announces the recorded steps that it reads, in its order of reading; a step may come
+    twice. Of a step it reads the sites in the order of `Records.sites`, forward by forward.
+    """
+
+    def begin(self, steps: Sequence[int]) -> None:
+        """Announce what the next run reads, so that a source that pulls can be ahead."""
+
+    def get(self, site: AttentionSite) -> Shard:
+        """Return the shard of a recorded site, to be read before the next layer's is asked for.
 
         Raises CacheMissError if there is none.
         """
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all shards."""
 
-
-class MemoryKVStore:
-    """Shards in the host memory of this process."""
+class MemoryPieces:
+    """Shards in the host memory of this process: a sink and a source."""
 
     def __init__(self) -> None:
-        self._shards: dict[AttentionSite, KVShard] = {}
+        self._shards: dict[AttentionSite, Shard] = {}
 
-    def put(self, shard: KVShard) -> None:
+    def put(self, shard: Shard) -> None:
         """Keep a shard and own its tensors; one of the same site is replaced."""
-        kept = KVShard(shard.site, shard.key_BMHD.cpu(), shard.value_BMHD.cpu())
-        self._shards[shard.site] = kept
+        pieces = {kind: piece.cpu() for kind, piece in shard.pieces.items()}
+        positions_M = None if shard.positions_M is None else shard.positions_M.cpu()
+        self._shards[shard.site] = Shard(shard.site, pieces, positions_M)
 
     def begin(self, steps: Sequence[int]) -> None:
         """Do nothing: every shard is here already."""
 
-    def get(self, site: AttentionSite) -> KVShard:
-        """Return the shard of `site`. Raises CacheMissError if there is none."""
+    def get(self, site: AttentionSite) -> Shard:
+        """Return the shard of a recorded site. Raises CacheMissError if there is none."""
         try:
             return self._shards[site]
         except KeyError:
             raise CacheMissError(
-                f"no identity keys and values for step {site.step}, layer {site.layer}, branch "
-                f"{site.branch}: the store holds {self._inventory()}; {SAME_CONFIG}"
+                f"nothing was recorded at {format_site(site)}: there are {self._inventory()}; "
+                f"{SAME_CONFIG}"
             ) from None
 
     @property
@@ -88,36 +104,31 @@ class MemoryKVStore:
 
     def _inventory(self) -> str:
         if not self._shards:
-            return "nothing"
+            return "no shards"
         steps, layers, branches = (sorted(set(part)) for part in zip(*self._shards, strict=True))
         return f"steps {steps}, layers {layers}, branches {branches}"
 
 
 @dataclass(frozen=True, slots=True)
-class IdentityCache:
-    """What an identity video leaves behind for the frame videos of its scene.
+class IdentityManifest:
+    """What a reader of an identity cache must agree with, and what was seen of the video.
 
-    `foreground_mask_N` is bool, True is character. `features` are attention outputs [N, C] at
-    the mask step, one for each match layer. Both lie in host memory.
+    `foreground_mask_N` is bool, True is character; `features` are attention outputs [N, C] at the
+    mask step, by match layer. Both lie in host memory; None and {} if the method takes none.
     """
 
     layout: TokenLayout
-    steps: tuple[int, ...]
-    layers: tuple[int, ...]
-    branches: tuple[Branch, ...]
-    foreground_mask_N: Tensor
+    records: Records
+    foreground_mask_N: Tensor | None
     features: Mapping[int, Tensor]
     seed: int
     config_hash: str
-    store: KVStore
 
     def check(
         self,
         layout: TokenLayout,
         *,
-        steps: tuple[int, ...],
-        layers: tuple[int, ...],
-        branches: tuple[Branch, ...],
+        records: Records,
         match_layers: tuple[int, ...],
         config_hash: str,
     ) -> None:
@@ -125,29 +136,44 @@ class IdentityCache:
 
         Raises:
             LayoutError: if the frame video has other tokens than the identity video.
-            CacheMissError: if steps, layers, branches or features are missing, or the config
-                is another one.
+            CacheMissError: if pieces or features are missing, or the config is another one.
         """
         if layout != self.layout:
             raise LayoutError(
                 f"the frame video has the token layout {layout}, the identity video {self.layout}: "
                 f"tokens must correspond; render both with the same `video` section and model"
             )
-        wanted = {
-            "steps": (steps, self.steps),
-            "layers": (layers, self.layers),
-            "branches": (branches, self.branches),
+        wanted: dict[str, tuple[Sequence[object], Sequence[object]]] = {
+            "steps": (records.steps, self.records.steps),
+            "layers": (records.layers, self.records.layers),
+            "branches": (records.branches, self.records.branches),
             "match layers": (match_layers, tuple(self.features)),
         }
         for name, (needed, held) in wanted.items():
-            missing = sorted(set(needed) - set(held))
+            missing = [part for part in needed if part not in held]
             if missing:
                 raise CacheMissError(
-                    f"the identity cache lacks {name} {missing}: it holds {sorted(held)}; "
+                    f"the identity cache lacks {name} {missing}: it holds {list(held)}; "
                     f"{SAME_CONFIG}"
                 )
+        lost = {piece for step in records.steps for piece in records.pieces(step)} - {
+            piece for step in self.records.steps for piece in self.records.pieces(step)
+        }
+        if lost:
+            site, kind = min(lost)
+            raise CacheMissError(
+                f"the identity cache lacks the {kind} of {format_site(site)}; {SAME_CONFIG}"
+            )
         if config_hash != self.config_hash:
             raise CacheMissError(
                 f"the identity cache was recorded under config {self.config_hash[:12]}, the frame "
                 f"video renders under {config_hash[:12]}: their pixels would differ; {SAME_CONFIG}"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class SceneCache:
+    """The manifest of a scene's identity video, and where its pieces come from."""
+
+    manifest: IdentityManifest
+    source: PieceSource

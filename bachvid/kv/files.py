@@ -1,18 +1,19 @@
 """An identity cache in a directory, to look into and to use again.
 
-    DIR/step-007.safetensors   keys and values of step 7: `<layer>.<branch>.key`, `.value`
+    DIR/step-007.safetensors   pieces of step 7: `<layer>.<branch>.<kind>`; `positions`, if they
+                               are not of all video rows
     DIR/manifest.safetensors   mask, features and what a reader must agree with; written last
 
 Each file is there whole or not at all, and carries the sums of its tensors. Knows no method, no
-model and no Ray. Shape suffixes: see `bachvid.attention.attend`.
+model and no Ray. Shape suffixes: see `bachvid.attention.control`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,146 +23,146 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bachvid.atomic import write_atomically
-from bachvid.attention.control import AttentionSite
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
-from bachvid.kv.cache import SAME_CONFIG, IdentityCache, KVShard
-from bachvid.kv.packing import sites_of
+from bachvid.kv.cache import SAME_CONFIG, IdentityManifest, Shard, format_site, have_same_rows
 from bachvid.kv.pieces import checksum
-from bachvid.layout.gangs import Branch
+from bachvid.layout.records import AttentionSite, Kind, Records, RecordSet
 from bachvid.layout.tokens import TokenLayout
 
-MANIFEST = "manifest.safetensors"
+_MANIFEST = "manifest.safetensors"
+_POSITIONS = "positions"
+_MASK = "foreground_mask"
 
 
-class FileKVStore:
-    """Shards in a directory, one file for each step: written when its last shard is put.
+class FilePieces:
+    """Shards in a directory, one file for each step: a sink and a source.
 
-    Memory: the shards of the steps that are not whole yet.
+    A file is written when the last shard of its step is put. Memory: the shards of the steps that
+    are not whole yet.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        layers: Sequence[int],
-        branches: Sequence[Branch],
-        config_hash: str,
-    ) -> None:
-        self._directory = directory
-        self._layers, self._branches = tuple(layers), tuple(branches)
-        self._config_hash = config_hash
-        self._pending: dict[AttentionSite, KVShard] = {}
+    def __init__(self, directory: Path, *, records: Records, config_hash: str) -> None:
+        self._directory, self._records, self._config_hash = directory, records, config_hash
+        self._pending: dict[AttentionSite, Shard] = {}
+        self._step_bytes: dict[int, int] = {}
 
-    @classmethod
-    def load(cls, directory: Path) -> IdentityCache:
-        """Open the cache that `save` completed; its shards are read when they are asked for.
-
-        Raises:
-            CacheMissError: there is none, or a step of it is missing.
-            CorruptShardError: its manifest is damaged.
-        """
-        facts, tensors = _read(directory / MANIFEST)
-        store = cls(
-            directory,
-            layers=facts["layers"],
-            branches=facts["branches"],
-            config_hash=facts["config_hash"],
-        )
-        cache = IdentityCache(
-            layout=TokenLayout(**facts["layout"]),
-            steps=tuple(facts["steps"]),
-            layers=tuple(facts["layers"]),
-            branches=tuple(facts["branches"]),
-            foreground_mask_N=tensors["foreground_mask"],
-            features={layer: tensors[f"features.{layer}"] for layer in facts["match_layers"]},
-            seed=facts["seed"],
-            config_hash=facts["config_hash"],
-            store=store,
-        )
-        store._check_steps(cache.steps)
-        return cache
-
-    def save(self, cache: IdentityCache) -> IdentityCache:
-        """Write the manifest of a cache whose shards were put here; return the cache on files.
-
-        Raises:
-            CacheMissError: a step of it was not put.
-            WorkerError: the directory cannot be written.
-        """
-        self._check_steps(cache.steps)
-        facts = {
-            "layout": asdict(cache.layout),
-            "steps": cache.steps,
-            "layers": cache.layers,
-            "branches": cache.branches,
-            "match_layers": tuple(cache.features),
-            "seed": cache.seed,
-            "config_hash": cache.config_hash,
-        }
-        features = {f"features.{layer}": x for layer, x in cache.features.items()}
-        tensors = {"foreground_mask": cache.foreground_mask_N, **features}
-        _write(self._directory / MANIFEST, tensors, facts)
-        return replace(cache, store=self)
-
-    def put(self, shard: KVShard) -> None:
+    def put(self, shard: Shard) -> None:
         """Keep a shard and own its tensors; a step that is put again replaces the first.
 
         Raises WorkerError if the directory cannot be written.
         """
+        assert shard.pieces.keys() == set(self._records.kinds(shard.site)), (
+            "other kinds than recorded"
+        )
         self._pending[shard.site] = shard
         step = shard.site.step
-        sites = sites_of(step, self._layers, self._branches)
+        sites = self._records.sites(step)
         if self._pending.keys() >= set(sites):
-            tensors: dict[str, Tensor] = {}
-            for site in sites:
-                whole = self._pending.pop(site)
-                key_name, value_name = _tensor_names(site)
-                tensors[key_name], tensors[value_name] = whole.key_BMHD, whole.value_BMHD
-            _write(self._path(step), tensors, self._step_facts(step))
+            self._write_step(step, [self._pending.pop(site) for site in sites])
 
     def begin(self, steps: Sequence[int]) -> None:
         """Do nothing: each shard is read when it is asked for."""
 
-    def get(self, site: AttentionSite) -> KVShard:
+    def get(self, site: AttentionSite) -> Shard:
         """Read the shard of `site`.
 
         Raises:
-            CacheMissError: there is none, or it is of another config.
+            CacheMissError: there is none, or it is of another config or other records.
             CorruptShardError: its file is damaged.
         """
-        path = self._path(site.step)
-        key_name, value_name = _tensor_names(site)
-        if site not in sites_of(site.step, self._layers, self._branches):
-            raise CacheMissError(
-                f"{path} has no layer {site.layer}, branch {site.branch}: it holds layers "
-                f"{list(self._layers)}, branches {list(self._branches)}; {SAME_CONFIG}"
-            )
-        facts, tensors = _read(path, (key_name, value_name))
+        path = _step_path(self._directory, site.step)
+        names = {kind: _tensor_name(site, kind) for kind in self._records.kinds(site)}
+        if not names:
+            raise CacheMissError(f"nothing is recorded at {format_site(site)}; {SAME_CONFIG}")
+        facts, tensors = _read(path, {*names.values(), _POSITIONS})
         if facts != self._step_facts(site.step):
             raise CacheMissError(
                 f"{path} is of step {facts['step']} under config {facts['config_hash'][:12]}, "
                 f"wanted is step {site.step} under {self._config_hash[:12]}; {SAME_CONFIG}"
             )
-        return KVShard(site, tensors[key_name], tensors[value_name])
+        missing = sorted(set(names.values()) - tensors.keys())
+        if missing:
+            raise CacheMissError(f"{path} lacks the pieces {missing}; {SAME_CONFIG}")
+        pieces = {kind: tensors[name] for kind, name in names.items()}
+        return Shard(site, pieces, tensors.get(_POSITIONS))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shards on disk."""
-        return sum(map(_tensor_bytes, self._directory.glob("step-*.safetensors")))
+        """Bytes of all pieces that were written; a step that was put again counts once."""
+        return sum(self._step_bytes.values())
 
-    def _path(self, step: int) -> Path:
-        return self._directory / f"step-{step:03d}.safetensors"
+    def _write_step(self, step: int, shards: Sequence[Shard]) -> None:
+        tensors = {
+            _tensor_name(shard.site, kind): piece
+            for shard in shards
+            for kind, piece in shard.pieces.items()
+        }
+        positions_M = shards[0].positions_M
+        assert all(have_same_rows(shard.positions_M, positions_M) for shard in shards), (
+            "the row set is a fixed one"
+        )
+        if positions_M is not None:
+            tensors[_POSITIONS] = positions_M
+        _write(_step_path(self._directory, step), tensors, self._step_facts(step))
+        self._step_bytes[step] = sum(shard.nbytes for shard in shards)
 
     def _step_facts(self, step: int) -> dict[str, object]:
         return {"step": step, "config_hash": self._config_hash}
 
-    def _check_steps(self, steps: Sequence[int]) -> None:
-        missing = [step for step in steps if not self._path(step).exists()]
-        if missing:
-            raise CacheMissError(
-                f"the identity cache in {self._directory} lacks the files of steps {missing}: "
-                f"render its identity video again"
+
+def write_manifest(directory: Path, manifest: IdentityManifest) -> None:
+    """Complete a cache, whose pieces a `FilePieces` has written to the same directory.
+
+    Raises:
+        CacheMissError: the file of a recorded step is not there.
+        WorkerError: the directory cannot be written.
+    """
+    _check_steps(directory, manifest.records)
+    facts = {
+        "layout": asdict(manifest.layout),
+        "records": asdict(manifest.records),
+        "match_layers": tuple(manifest.features),
+        "seed": manifest.seed,
+        "config_hash": manifest.config_hash,
+    }
+    tensors = {_feature_name(layer): x_NC for layer, x_NC in manifest.features.items()}
+    if manifest.foreground_mask_N is not None:
+        tensors[_MASK] = manifest.foreground_mask_N
+    _write(directory / _MANIFEST, tensors, facts)
+
+
+def read_manifest(directory: Path) -> IdentityManifest:
+    """Return the manifest that completed a cache; a `FilePieces` reads the pieces.
+
+    Raises:
+        CacheMissError: there is none, or the file of a recorded step is not there.
+        CorruptShardError: it is damaged.
+    """
+    facts, tensors = _read(directory / _MANIFEST)
+    manifest = IdentityManifest(
+        layout=TokenLayout(**facts["layout"]),
+        records=Records(
+            tuple(
+                RecordSet(**{name: tuple(values) for name, values in part.items()})
+                for part in facts["records"]["sets"]
             )
+        ),
+        foreground_mask_N=tensors.get(_MASK),
+        features={layer: tensors[_feature_name(layer)] for layer in facts["match_layers"]},
+        seed=facts["seed"],
+        config_hash=facts["config_hash"],
+    )
+    _check_steps(directory, manifest.records)
+    return manifest
+
+
+def _check_steps(directory: Path, records: Records) -> None:
+    missing = [step for step in records.steps if not _step_path(directory, step).exists()]
+    if missing:
+        raise CacheMissError(
+            f"the identity cache in {directory} lacks the files of steps {missing}: render its "
+            f"identity video again"
+        )
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
@@ -180,16 +181,16 @@ def _write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object
 
 
 def _read(
-    path: Path, names: Sequence[str] | None = None
+    path: Path, wanted: Collection[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the facts and the named tensors, or all, and check their sums."""
+    """Read the facts and, of the tensors, all or those that are wanted; check their sums."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             if _text_sum(metadata["header"]) != metadata["header_sum"]:
                 raise ValueError("its header was changed")
             header = json.loads(metadata["header"])
-            names = list(header["sums"]) if names is None else names
+            names = [name for name in header["sums"] if wanted is None or name in wanted]
             tensors = {name: file.get_tensor(name) for name in names}
         for name, x in tensors.items():
             if _tensor_sum(x) != header["sums"][name]:
@@ -205,9 +206,16 @@ def _read(
     return header["facts"], tensors
 
 
-def _tensor_names(site: AttentionSite) -> tuple[str, str]:
-    name = f"{site.layer}.{site.branch}"
-    return f"{name}.key", f"{name}.value"
+def _step_path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:03d}.safetensors"
+
+
+def _tensor_name(site: AttentionSite, kind: Kind) -> str:
+    return f"{site.layer}.{site.branch}.{kind}"
+
+
+def _feature_name(layer: int) -> str:
+    return f"features.{layer}"
 
 
 def _tensor_sum(x: Tensor) -> str:
@@ -217,10 +225,3 @@ def _tensor_sum(x: Tensor) -> str:
 
 def _text_sum(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _tensor_bytes(path: Path) -> int:
-    """Return the bytes of a safetensors file behind its header, whose length stands first."""
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-    return path.stat().st_size - 8 - header_bytes

@@ -1,68 +1,66 @@
-"""The keys and values of one step in one block of bytes, on their way out of an identity video.
+"""The pieces of one step in one block of bytes, on their way out of an identity video.
 
 The ranks of a gang pack their branches and heads, one block each. Knows no Ray, no method and no
-model. Shape suffixes: see `bachvid.attention.attend`.
+model. Shape suffixes: see `bachvid.attention.control`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from bachvid.attention.control import AttentionSite
-from bachvid.errors import CacheMissError
-from bachvid.kv.cache import KVShard
-from bachvid.kv.pieces import Bytes, checksum, key_and_value, piece_bytes
-from bachvid.layout.gangs import Branch, RankShare
+from bachvid.kv.cache import Shard, have_same_rows
+from bachvid.kv.pieces import Bytes, checksum, piece_bytes, piece_tensor
+from bachvid.layout.gangs import RankShare
+from bachvid.layout.records import AttentionSite, Kind, Records
+
+Positions = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepHeader:
-    """What a packed step holds: the key tensors' dtype, by torch's name, and their shape.
+    """What a packed step holds: which pieces, in their order, and how each of them lies in bytes.
 
-    They are of the heads from `first_head` on. `checksums` are those of the sites, in their order.
+    dtype: of every piece, by torch's name.
+    shape: of every piece, [B, M, H, D]; the heads are those from `first_head` on.
+    checksums: of the pieces, in their order, each salted with `rows_checksum`.
+    positions_M: the video positions of the M rows, rising; None if they are all rows.
+    rows_checksum: of `positions_M`, as `sum_of_rows` has it.
     """
 
     step: int
-    sites: tuple[AttentionSite, ...]
+    pieces: tuple[tuple[AttentionSite, Kind], ...]
     dtype: str
     shape: tuple[int, ...]
     first_head: int
     checksums: tuple[bytes, ...]
+    positions_M: Positions | None
+    rows_checksum: bytes
     config_hash: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedStep:
-    """All keys and values that one rank has of one step.
+    """All pieces that one rank has of one step, one after the other; all are of one size.
 
-    It pickles with the payload out of band: without a copy. The payload holds the pieces of the
-    sites, in their order; all are of one size.
+    It pickles with the payload out of band: without a copy.
     """
 
     header: StepHeader
     payload: Bytes
 
 
-def sites_of(
-    step: int, layers: Sequence[int], branches: Sequence[Branch]
-) -> tuple[AttentionSite, ...]:
-    """Return the sites of one step in the order in which they are packed."""
-    return tuple(AttentionSite(step, layer, branch) for layer in layers for branch in branches)
-
-
-def sites_read(
-    step: int, layers: Sequence[int], passes: Sequence[Sequence[Branch]]
-) -> tuple[AttentionSite, ...]:
-    """Return the sites of one step in the order in which its forwards read them."""
-    return tuple(site for branches in passes for site in sites_of(step, layers, branches))
+def sum_of_rows(positions_M: Positions | None) -> bytes:
+    """Return the checksum of a row set; b"" stands for all rows."""
+    return b"" if positions_M is None else checksum(positions_M.view(np.uint8))
 
 
 class StepPacker:
-    """The store that an identity video writes: it packs one step at a time.
+    """A sink that packs what an identity video records, one step at a time.
 
     Each rank of a gang has one, for the branches and heads of its `share`. Memory: one step. Every
     step is packed into the same buffer, because memory that is written for the first time costs
@@ -70,71 +68,75 @@ class StepPacker:
     is put. Ray does: it copies what a generator yields before it resumes the generator.
     """
 
-    def __init__(
-        self,
-        *,
-        share: RankShare,
-        layers: Sequence[int],
-        branches: Sequence[Branch],
-        config_hash: str,
-    ) -> None:
-        self._share, self._layers = share, tuple(layers)
-        self._branches = tuple(branch for branch in branches if branch in share.branches)
-        self._config_hash = config_hash
-        self._buffer: Tensor | None = None
+    def __init__(self, *, share: RankShare, records: Records, config_hash: str) -> None:
+        self._share, self._records, self._config_hash = share, records, config_hash
+        self._step = -1
+        self._indices: dict[tuple[AttentionSite, Kind], int] = {}  # of the pieces in this step
+        self._checksums: dict[int, bytes] = {}  # by index
+        self._buffer: Tensor | None = None  # [pieces, bytes of a piece]
         self._dtype, self._shape = torch.uint8, torch.Size()
-        self._checksums: dict[AttentionSite, bytes] = {}
+        self._rows: Tensor | None = None
+        self._positions_M: Positions | None = None
+        self._rows_checksum = b""
         self._step_bytes: dict[int, int] = {}
 
-    def put(self, shard: KVShard) -> None:
+    def put(self, shard: Shard) -> None:
         """Copy a shard of the current step; one of the same site is replaced."""
-        sites = sites_of(shard.site.step, self._layers, self._branches)
-        assert self._checksums.keys() <= set(sites), "take the step before"
-        key_BMHD = shard.key_BMHD
-        num_bytes = piece_bytes(key_BMHD.dtype, key_BMHD.shape)
-        if self._buffer is None:
-            self._dtype, self._shape = key_BMHD.dtype, key_BMHD.shape
-            # Zeros: the padding is part of the checksum. Pinned: the GPU writes it directly.
-            self._buffer = torch.zeros(
-                num_bytes * len(sites), dtype=torch.uint8, pin_memory=key_BMHD.is_cuda
-            )
-        assert (key_BMHD.dtype, key_BMHD.shape) == (self._dtype, self._shape)
-        start = sites.index(shard.site) * num_bytes
-        piece = self._buffer[start : start + num_bytes]
-        packed_key, packed_value = key_and_value(piece, self._dtype, self._shape)
-        packed_key.copy_(key_BMHD)
-        packed_value.copy_(shard.value_BMHD)
-        self._checksums[shard.site] = checksum(piece.numpy())
+        site = shard.site
+        if site.step != self._step:
+            assert not self._checksums, "take the step before"
+            self._step = site.step
+            pieces = self._records.pieces(site.step, self._share.branches)
+            self._indices = {piece: index for index, piece in enumerate(pieces)}
+        assert shard.pieces.keys() == set(self._records.kinds(site)), "other kinds than recorded"
+        buffer = self._prepare(shard) if self._buffer is None else self._buffer
+        assert have_same_rows(shard.positions_M, self._rows), "the row set is a fixed one"
+        for kind, piece_BMHD in shard.pieces.items():
+            assert (piece_BMHD.dtype, piece_BMHD.shape) == (self._dtype, self._shape)
+            index = self._indices[site, kind]
+            piece_tensor(buffer[index], self._dtype, self._shape).copy_(piece_BMHD)
+            self._checksums[index] = checksum(buffer[index].numpy(), self._rows_checksum)
+
+    def _prepare(self, shard: Shard) -> Tensor:
+        """Make the buffer, for the largest step. The first shard says how all pieces look."""
+        first = next(iter(shard.pieces.values()))
+        self._dtype, self._shape, self._rows = first.dtype, first.shape, shard.positions_M
+        if self._rows is not None:
+            self._positions_M = self._rows.cpu().numpy().copy()
+            self._rows_checksum = sum_of_rows(self._positions_M)
+        branches = self._share.branches
+        num_pieces = max(len(self._records.pieces(step, branches)) for step in self._records.steps)
+        # Zeros: the padding is part of the checksum. Pinned: the GPU writes it directly.
+        self._buffer = torch.zeros(
+            num_pieces,
+            piece_bytes(self._dtype, self._shape),
+            dtype=torch.uint8,
+            pin_memory=first.is_cuda,
+        )
+        return self._buffer
 
     def take(self, step: int) -> PackedStep | None:
         """Return the packed step, None if nothing was put, and be ready for the next one."""
         if not self._checksums:
             return None
-        sites = sites_of(step, self._layers, self._branches)
         assert self._buffer is not None
-        assert self._checksums.keys() == set(sites), "not a whole step"
+        assert step == self._step, "another step was put"
+        assert len(self._checksums) == len(self._indices), "not a whole step"
         header = StepHeader(
             step=step,
-            sites=sites,
+            pieces=tuple(self._indices),
             dtype=str(self._dtype).removeprefix("torch."),
             shape=tuple(self._shape),
             first_head=self._share.first_head,
-            checksums=tuple(self._checksums[site] for site in sites),
+            checksums=tuple(self._checksums[index] for index in self._indices.values()),
+            positions_M=self._positions_M,
+            rows_checksum=self._rows_checksum,
             config_hash=self._config_hash,
         )
         self._checksums = {}
-        self._step_bytes[step] = self._buffer.nbytes
-        return PackedStep(header, self._buffer.numpy())
-
-    def begin(self, steps: Sequence[int]) -> None:
-        """Do nothing: nobody reads here."""
-
-    def get(self, site: AttentionSite) -> KVShard:
-        """Refuse: raises CacheMissError."""
-        raise CacheMissError(
-            f"no identity keys and values for step {site.step}, layer {site.layer}: they are sent "
-            f"away, step by step; read them where they arrive"
-        )
+        payload = self._buffer[: len(self._indices)].view(-1).numpy()
+        self._step_bytes[step] = payload.nbytes
+        return PackedStep(header, payload)
 
     @property
     def nbytes(self) -> int:

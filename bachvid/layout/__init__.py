@@ -1,1 +1,1 @@
-"""Where tokens, heads and branches lie. No torch."""
+"""Where tokens, heads and branches lie, and what is recorded of them. No torch."""

@@ -1,406 +1,261 @@
 """BachVid: foreground and background of a frame video see the keys of an identity video.
 
-Source: BachVid (arXiv 2510.21696v1). What the paper leaves open is a config key; the values and
-their reasons stand with the profiles. Shape suffixes: see `bachvid.attention.attend`.
+The data of the method; its controls are in `bachvid.methods.controls`. A profile is the same
+algorithm on every model: layers and noise levels are the model's, all else is the profile's.
+Source: BachVid (arXiv 2510.21696v1). What the paper leaves open is a config key; the reasons for
+the values stand with them.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from torch import Tensor
+from pydantic import Field, field_validator
 
-from bachvid.attention.context import RunContext
-from bachvid.attention.control import QKV, AttentionSite, KVGroup
-from bachvid.errors import CacheMissError, LayoutError, WorkerError
-from bachvid.kv.cache import IdentityCache, KVShard, KVStore
-from bachvid.layout.gangs import Branch
-from bachvid.methods.base import IdentityControl, MethodControl, MethodSettings, Observation
-from bachvid.methods.ops.injection import InjectedTokens, inject_identity_kv, select_injected_tokens
-from bachvid.methods.ops.masks import ForegroundMask, extract_foreground_mask, text_mass
-from bachvid.methods.ops.matching import TokenMatch, match_tokens, match_within_foreground
-from bachvid.prompts.tokenizer import TokenizedPrompt
+from bachvid.errors import ConfigError
+from bachvid.inputs.choices import Branches, MaskWords, MatchWithin, PrePassInjection, ProfileName
+from bachvid.inputs.sections import Count, Layers, ResolvedSampling, Step, Steps, resolved_section
+from bachvid.inputs.strict_yaml import quote
+from bachvid.layout.gangs import BRANCHES, Branch
+from bachvid.layout.records import AttentionSite, Records, RecordSet
+from bachvid.methods.base import (
+    Matching,
+    Method,
+    MethodConfig,
+    Overlay,
+    Role,
+    Run,
+    RunControl,
+    RunInputs,
+    reads_own,
+)
+from bachvid.methods.masking import (
+    MaskConfig,
+    ResolvedMaskConfig,
+    check_layers,
+    check_mask,
+    mask_defaults,
+    rising_layers,
+)
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from bachvid.catalog.facts import ModelFacts
 
-
-class VideoObserver(MethodControl):
-    """Extracts the mask and keeps the features of a video; changes nothing.
-
-    The conditional branch is looked at, at the mask step, or at every step up to it. Every rank
-    of a group gets the mask of the whole video, and the features of its own positions.
-    """
-
-    def __init__(
-        self,
-        run: RunContext,
-        prompt: TokenizedPrompt,
-        settings: MethodSettings,
-        *,
-        every_step: bool = False,
-    ) -> None:
-        self.run, self.prompt, self.settings = run, prompt, settings
-        self._mask_steps = range(0 if every_step else settings.mask_step, settings.mask_step + 1)
-        self._masses: dict[int, Tensor] = {}
-        self._features: dict[int, Tensor] = {}
-        self.masks: dict[int, ForegroundMask] = {}  # by step
-
-    @property
-    def observation(self) -> Observation:
-        """What was seen of the video. Raises WorkerError before the mask step is over."""
-        step, layers = self.settings.mask_step, self.settings.match_layers
-        if step not in self.masks or len(self._features) < len(layers):
-            raise WorkerError(
-                f"no mask and features yet: the run must go through step {step}, and its model "
-                f"through the layers {sorted({*self.settings.mask_layers, *layers})}"
-            )
-        recoveries = (mask.recovery for _, mask in sorted(self.masks.items()))
-        return Observation(
-            self.masks[step], self._features, tuple(found for found in recoveries if found)
-        )
-
-    def before(self, site: AttentionSite, qkv: QKV) -> QKV:
-        """Add the text mass of a mask layer, where the text is in the joint sequence."""
-        layout, rotary = self.run.layout, self.run.rotary
-        if not layout.text_tokens or not self._looks_for_mask(site):
-            return qkv
-        _check_one_video(qkv.query_BSHD)
-        if self.settings.mask_softmax == "joint":
-            key_BKHD = rotary.rotate_joint(qkv.key_BSHD, layout)
-        else:
-            key_BKHD = self._words(qkv.key_BSHD)
-        query_BNHD = rotary.rotate(qkv.query_BSHD[:, layout.video_rows])
-        mass_NG = text_mass(query_BNHD[0], key_BKHD[0], self._segments)
-        group = self.run.group
-        self._add_mass(site, group.sum(mass_NG) / group.size)  # the mean over all heads
-        return qkv
-
-    def cross(self, site: AttentionSite, query_BSHD: Tensor, key_BTHD: Tensor) -> None:
-        """Add the text mass of a mask layer, where the text has an attention of its own."""
-        if not self._looks_for_mask(site):
-            return
-        _check_one_video(query_BSHD)
-        is_joint = self.settings.mask_softmax == "joint"
-        key_BKHD = key_BTHD if is_joint else self._words(key_BTHD)
-        mass_NG = text_mass(query_BSHD[0], key_BKHD[0], self._segments)
-        self._add_mass(site, self.run.gather_positions(mass_NG))
-
-    def after(self, site: AttentionSite, out_BSC: Tensor) -> Tensor:
-        """Keep this rank's video rows of the match layers at the mask step, in host memory."""
-        settings = self.settings
-        wanted = site.layer in settings.match_layers and site.step == settings.mask_step
-        if self._looks_at(site.branch) and wanted:
-            rows_NC = out_BSC[0, self.run.layout.text_tokens :].clone()
-            # All layers would take a tenth of what a GPU needs for a video, up to its end.
-            self._features[site.layer] = self.run.group.from_cond(rows_NC).cpu()
-        return out_BSC
-
-    @property
-    def _segments(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self.prompt.rows["background"], self.prompt.rows["character"]
-
-    def _words(self, key_BTHD: Tensor) -> Tensor:
-        """Without the end token: it collects attention that belongs to no word."""
-        return key_BTHD[:, : self.prompt.num_tokens - 1]
-
-    def _looks_at(self, branch: Branch) -> bool:
-        """Whether this branch is the conditional one, or this rank's own: it gets the other's."""
-        return branch == "cond" or self.run.group.cfg_size > 1
-
-    def _looks_for_mask(self, site: AttentionSite) -> bool:
-        is_wanted = site.layer in self.settings.mask_layers and site.step in self._mask_steps
-        return is_wanted and self._looks_at(site.branch)
-
-    def _add_mass(self, site: AttentionSite, mass_NG: Tensor) -> None:
-        """Keep a layer's mass; the last layer completes the step's mask."""
-        layers = self.settings.mask_layers
-        self._masses[site.layer] = self.run.group.from_cond(mass_NG)
-        if site.layer != layers[-1]:  # they are in rising order
-            return
-        # An early mask only steers the pre-pass: on_empty_mask speaks of the final one.
-        final = site.step == self.settings.mask_step
-        self.masks[site.step] = extract_foreground_mask(
-            [self._masses[layer] for layer in layers],
-            self.run.layout,
-            step=site.step,
-            morphology=self.settings.morphology,
-            on_empty=self.settings.on_empty_mask if final else "adapt",
-        )
+Threshold = Annotated[float, Field(ge=-1, le=1)]  # cosine similarity
 
 
-def _check_one_video(query_BSHD: Tensor) -> None:
-    if len(query_BSHD) != 1:
-        raise LayoutError(
-            f"{len(query_BSHD)} videos in one batch: masks and matches are of one video; render "
-            f"one video at a time"
-        )
+class BachVidConfig(MaskConfig):
+    """What is recorded and injected. Layers and steps count from 0; ranges are half-open."""
+
+    name: Literal["bachvid"] = "bachvid"
+    profile: ProfileName = "fast"
+    vital_layers: Layers | None = None
+    match_layers: Layers | None = None
+    inject_steps: Steps | None = None  # [first, last)
+    branches: Branches | None = None
+    pre_passes: Count | None = None  # each but the first injects what the one before it found
+    pre_pass_injection: PrePassInjection | None = None  # in the first one
+    match_threshold: Threshold | None = None
+    match_within: MatchWithin | None = None
+
+    @field_validator("vital_layers", "match_layers")
+    @classmethod
+    def _check_layers(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return rising_layers(layers)
+
+    @field_validator("inject_steps", mode="before")
+    @classmethod
+    def _check_pair(cls, steps: object) -> object:
+        if isinstance(steps, list) and len(steps) != 2:
+            raise ValueError(f"is {quote(steps)}: must be two steps, [first, last)")
+        return steps
+
+    @field_validator("inject_steps")
+    @classmethod
+    def _check_steps(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and not 0 <= steps[0] < steps[1]:
+            raise ValueError(f"is {list(steps)}: need 0 <= first < last")
+        return steps
 
 
-class IdentityRecorder(VideoObserver, IdentityControl):
-    """Records the keys and values of the vital layers of an identity video; changes nothing."""
+class ResolvedBachVid(BachVidConfig, ResolvedMaskConfig):
+    """What is recorded and injected, all of it."""
 
-    def __init__(
-        self,
-        run: RunContext,
-        prompt: TokenizedPrompt,
-        settings: MethodSettings,
-        *,
-        store: KVStore,
-        steps: Sequence[int],
-        config_hash: str,
-    ) -> None:
-        super().__init__(run, prompt, settings)
-        self._store, self._steps, self._config_hash = store, frozenset(steps), config_hash
+    mask_layers: Layers
+    mask_step: Step
+    mask_words: MaskWords
+    vital_layers: Layers
+    match_layers: Layers
+    inject_steps: Steps
+    branches: Branches
+    pre_passes: Count
+    pre_pass_injection: PrePassInjection
+    match_threshold: Threshold
+    match_within: MatchWithin
 
-    def before(self, site: AttentionSite, qkv: QKV) -> QKV:
-        """Put a copy of this site's video rows into the store, then look for the mask."""
-        settings = self.settings
-        if (
-            site.layer in settings.vital_layers
-            and site.step in self._steps
-            and site.branch in settings.branches
-        ):
-            # Copies: a slice would keep the queries' memory, and the text's, alive.
-            rows = self.run.layout.video_rows
-            key_BMHD, value_BMHD = qkv.key_BSHD[:, rows], qkv.value_BSHD[:, rows]
-            self._store.put(KVShard(site, key_BMHD.clone(), value_BMHD.clone()))
-        return super().before(site, qkv)
 
-    def cache(self, seed: int) -> IdentityCache:
-        """Return what was recorded, with the features of all ranks: all of them must ask.
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A named way to run the method, on any model."""
 
-        Raises WorkerError before the mask step is over.
+    branches: Branches
+    pre_passes: int
+    pre_pass_injection: PrePassInjection
+    match_threshold: float
+    match_within: MatchWithin
+
+
+PROFILES: Mapping[ProfileName, Profile] = {
+    # As published. The pre-pass injects background, as the code of CharaConsist does, which BachVid
+    # was built on; and a match needs that code's cosine.
+    "paper": Profile("both", 1, "background", 0.5, "video"),
+    # The default, which the tables in docs/results favour: the conditional branch alone holds more
+    # and costs half, the second pre-pass takes mask and match from a figure that is already like
+    # the identity's, and within the foreground every token has a match that is of use.
+    "fast": Profile("cond", 2, "none", -1.0, "foreground"),
+}
+
+
+class BachVid(Method[ResolvedBachVid]):
+    """The method of the paper."""
+
+    Config = BachVidConfig
+
+    @classmethod
+    def resolve(
+        cls, config: MethodConfig, facts: ModelFacts, sampling: ResolvedSampling
+    ) -> MethodConfig:
+        """Fill in the profile and the model's layers and levels, and check them.
+
+        Raises ConfigError.
         """
-        seen, settings = self.observation, self.settings
-        device = seen.foreground.mask_N.device
-        return IdentityCache(
-            layout=self.run.layout,
-            steps=settings.recorded_steps,
-            layers=settings.vital_layers,
-            branches=settings.branches,
-            foreground_mask_N=seen.foreground.mask_N.cpu(),
-            features={
-                layer: self.run.gather_positions(x_NC.to(device)).cpu()
-                for layer, x_NC in seen.features.items()
-            },
-            seed=seed,
-            config_hash=self._config_hash,
-            store=self._store,
+        assert isinstance(config, BachVidConfig)
+        level = facts.attention.inject_levels[config.profile]
+        resolved = resolved_section(
+            config,
+            ResolvedBachVid,
+            **mask_defaults(facts, sampling),
+            **asdict(PROFILES[config.profile]),
+            vital_layers=facts.attention.vital_layers,
+            match_layers=facts.attention.match_layers,
+            inject_steps=(0, max(facts.step_at(level, sampling.num_steps), 1)),
         )
+        check_mask(resolved, facts, sampling)
+        check_layers("vital_layers", resolved.vital_layers, facts)
+        check_layers("match_layers", resolved.match_layers, facts)
+        _check_steps(resolved, sampling)
+        return resolved
 
+    @property
+    def records(self) -> Records:
+        """Keys and values of the vital layers, at all steps that some run reads."""
+        steps = {step for run in self.runs("frame") for step in run.sources}
+        kinds = RecordSet(
+            ("key", "value"), self.config.vital_layers, tuple(sorted(steps)), self.branches
+        )
+        return Records((kinds,))
 
-class PrePassInjector(VideoObserver):
-    """Observes a pre-pass and, from step 1, injects background by the previous step's mask.
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The CFG branches that are recorded and injected, each by its own."""
+        return BRANCHES if self.config.branches == "both" else ("cond",)
 
-    Source: CharaConsist (arXiv 2507.11533), released code; the time law of BachVid's Table 4
-    speaks for it.
-    """
+    @property
+    def injected_steps(self) -> range:
+        """The steps at which keys and values are injected."""
+        return range(*self.config.inject_steps)
 
-    def __init__(
-        self,
-        run: RunContext,
-        prompt: TokenizedPrompt,
-        settings: MethodSettings,
-        *,
-        cache: IdentityCache,
-    ) -> None:
-        super().__init__(run, prompt, settings, every_step=True)
-        self._cache = cache
-        self._tokens: dict[int, InjectedTokens] = {}  # by the step whose mask they are of
+    def injects_at(self, site: AttentionSite) -> bool:
+        """Whether layer and branch of a site are among those that are injected."""
+        return site.layer in self.config.vital_layers and site.branch in self.branches
 
-    def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
-        """Return background queries the identity's background keys."""
-        settings = self.settings
-        if (
-            site.layer not in settings.vital_layers
-            or site.branch not in settings.branches
-            or not 1 <= site.step <= settings.mask_step
-        ):
+    @property
+    def observed_at(self) -> int:
+        """The mask step."""
+        return self.config.mask_step
+
+    @property
+    def matching(self) -> Matching:
+        """What is matched."""
+        return Matching(self.config.match_layers, self.config.match_within)
+
+    @property
+    def mask_words(self) -> MaskWords:
+        """Which words of a segment stand for it in masks."""
+        return self.config.mask_words
+
+    @property
+    def shows(self) -> frozenset[Overlay]:
+        """Masks and matches."""
+        return frozenset({"mask", "match"})
+
+    @property
+    def lines(self) -> Mapping[str, str]:
+        """What a plan says of it, by a label."""
+        config = self.config
+        first, last = config.inject_steps
+        pre_pass = (
+            "injects the background" if config.pre_pass_injection == "background" else "plain"
+        )
+        more = f", then {config.pre_passes - 1} with injection" * (config.pre_passes > 1)
+        return {
+            "method": (
+                f"{config.name}, profile {config.profile}: {config.branches} branches, steps "
+                f"{first} to {last - 1}, mask at step {config.mask_step}"
+            ),
+            "pre-pass": pre_pass + more,
+            "layers": ", ".join(map(str, config.vital_layers)),
+        }
+
+    def notes(self, facts: ModelFacts) -> Sequence[str]:
+        """Return what a user must know of this method on this model."""
+        if facts.has_rope:
             return ()
-        return inject_identity_kv(self._cache.store.get(site), self._background(site.step - 1))
-
-    def _background(self, step: int) -> InjectedTokens:
-        if step not in self._tokens:
-            self._tokens[step] = select_injected_tokens(
-                self.masks[step].mask_N,
-                self._cache.foreground_mask_N,
-                None,
-                self.run.layout,
-                threshold=self.settings.match_threshold,
-            )
-        return self._tokens[step]
-
-
-class FrameInjector(MethodControl):
-    """Injects the identity's keys and values into a frame video whose pre-pass was observed."""
-
-    def __init__(
-        self,
-        run: RunContext,
-        settings: MethodSettings,
-        *,
-        cache: IdentityCache,
-        observation: Observation,
-    ) -> None:
-        self._run, self._settings = run, settings
-        self._cache, self._observation = cache, observation
-        frame_mask_N = observation.foreground.mask_N
-        self._injected = select_injected_tokens(
-            frame_mask_N,
-            cache.foreground_mask_N,
-            self._match(frame_mask_N),
-            run.layout,
-            threshold=settings.match_threshold,
+        return (
+            f"{facts.name} has no rotary positions: keys of the identity character keep the place "
+            f"where they were recorded, so a character that moves is held less well",
         )
 
-    @property
-    def observation(self) -> Observation:
-        """What the pre-pass saw of this video."""
-        return self._observation
+    def runs(self, role: Role) -> tuple[Run, ...]:
+        """Return the runs of a video: of a frame video pre-passes to the mask step, then it."""
+        if role == "identity":
+            return super().runs(role)
+        config = self.config
+        to_mask = tuple(range(config.mask_step + 1))
+        plain = Run(to_mask)
+        if config.pre_pass_injection == "background":
+            plain = Run(to_mask, reads=reads_own(to_mask[1:]))  # by the mask of the step before
+        repeated = reads_own([step for step in self.injected_steps if step <= config.mask_step])
+        main = Run(tuple(range(self.num_steps)), reads=reads_own(self.injected_steps))
+        return (plain, *[Run(to_mask, reads=repeated)] * (config.pre_passes - 1), main)
 
-    @property
-    def injected(self) -> InjectedTokens:
-        """The tokens that see identity keys."""
-        return self._injected
+    def control(self, role: Role, number: int, given: RunInputs) -> RunControl:
+        """Record an identity video; observe the first runs of a frame video; inject."""
+        from bachvid.methods.controls import injecting, observing  # import torch
 
-    def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
-        """Return foreground and background queries the identity keys that they see."""
-        settings = self._settings
-        first, last = settings.inject_steps
-        if (
-            site.layer not in settings.vital_layers
-            or site.branch not in settings.branches
-            or not first <= site.step < last
-        ):
-            return ()
-        return inject_identity_kv(self._cache.store.get(site), self._injected)
-
-    def _match(self, frame_mask_N: Tensor) -> TokenMatch:
-        """Match this rank's foreground tokens, and put together what all ranks found."""
-        run, layers = self._run, self._settings.match_layers
-        own_mask_N = frame_mask_N[run.positions]
-        features = self._observation.features
-        frame = [features[layer][own_mask_N.cpu()].to(own_mask_N.device) for layer in layers]
-        identity = [self._cache.features[layer] for layer in layers]
-        if self._settings.match_within == "video":
-            match = match_tokens(frame, identity)
-        else:
-            match = match_within_foreground(
-                frame, identity, self._cache.foreground_mask_N, sum_frame=run.group.sum
-            )
-        if run.group.size == 1:
-            return match
-        found = []
-        for x_Q in match:
-            x_N1 = x_Q.new_zeros(len(own_mask_N), 1)
-            x_N1[own_mask_N, 0] = x_Q
-            found.append(run.gather_positions(x_N1)[frame_mask_N, 0])
-        return TokenMatch(*found)
+        config = self.config
+        if role == "identity":
+            return observing.IdentityRecorder(given, config, self.records, config.match_layers)
+        if number == len(self.runs(role)) - 1:
+            return injecting.FrameInjector(given, self)
+        if number > 0:
+            return injecting.RepeatedPrePass(given, self)
+        if config.pre_pass_injection == "background":
+            return injecting.PrePassInjector(given, self)
+        return observing.VideoObserver(given, config, config.match_layers)
 
 
-class RepeatedPrePass(VideoObserver):
-    """Observes a pre-pass that injects what the pre-pass before it found.
-
-    Not in the paper: the character of a plain pre-pass is another one than that of the main run,
-    and so are its mask and its matches. This one's is already like the identity's.
-    """
-
-    def __init__(
-        self,
-        run: RunContext,
-        prompt: TokenizedPrompt,
-        settings: MethodSettings,
-        *,
-        cache: IdentityCache,
-        observation: Observation,
-    ) -> None:
-        super().__init__(run, prompt, settings)
-        self._injector = FrameInjector(run, settings, cache=cache, observation=observation)
-        self._earlier = observation.recoveries
-
-    @property
-    def observation(self) -> Observation:
-        """What was seen of the video, with the recoveries of the pre-passes before."""
-        seen = super().observation
-        return replace(seen, recoveries=self._earlier + seen.recoveries)
-
-    def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
-        """Return foreground and background queries the identity keys that they see."""
-        return self._injector.extra(site, qkv)
-
-
-class BachVid:
-    """The method of the paper, as one object for all scenes of a render."""
-
-    def __init__(self, settings: MethodSettings, *, config_hash: str) -> None:
-        self._settings, self._config_hash = settings, config_hash
-        self._has_warned = False
-
-    @property
-    def reads(self) -> tuple[tuple[int, ...], ...]:
-        """The steps whose identity keys and values each run of a frame video reads."""
-        return self._settings.reads
-
-    def identity_control(
-        self, run: RunContext, prompt: TokenizedPrompt, store: KVStore, *, steps: Sequence[int]
-    ) -> IdentityRecorder:
-        """Record an identity video into `store`."""
-        return IdentityRecorder(
-            run, prompt, self._settings, store=store, steps=steps, config_hash=self._config_hash
+def _check_steps(config: ResolvedBachVid, sampling: ResolvedSampling) -> None:
+    if config.inject_steps[1] > sampling.num_steps:
+        raise ConfigError(
+            f"method.inject_steps: is {list(config.inject_steps)}: it must end at "
+            f"sampling.num_steps, {sampling.num_steps}, or before"
         )
-
-    def pre_pass_control(
-        self,
-        run: RunContext,
-        prompt: TokenizedPrompt,
-        cache: IdentityCache | None,
-        observation: Observation | None = None,
-    ) -> VideoObserver:
-        """Observe the first steps of a frame video; with injection, if configured or repeated."""
-        if observation is not None:
-            assert cache is not None
-            self._check(run, cache)
-            return RepeatedPrePass(
-                run, prompt, self._settings, cache=cache, observation=observation
-            )
-        if self._settings.pre_pass_injection == "none":
-            return VideoObserver(run, prompt, self._settings)
-        if cache is None:
-            raise CacheMissError(
-                "the pre-pass has no identity cache: method.pre_pass_injection is background, so "
-                "render the identity video first, or set method.pre_pass_injection=none"
-            )
-        self._check(run, cache)
-        return PrePassInjector(run, prompt, self._settings, cache=cache)
-
-    def frame_control(
-        self,
-        run: RunContext,
-        prompt: TokenizedPrompt,
-        cache: IdentityCache,
-        observation: Observation | None,
-    ) -> FrameInjector:
-        """Inject into a frame video; `observation` is that of its last pre-pass."""
-        assert observation is not None
-        self._check(run, cache)
-        if run.rotary.is_none and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "the model has no rotary embedding: its keys carry their position inside, so "
-                "foreground keys of the identity video cannot move to where the frame video needs "
-                "them (BachVid Eq. 12); expect a weaker character than with CogVideoX-5b"
-            )
-        return FrameInjector(run, self._settings, cache=cache, observation=observation)
-
-    def _check(self, run: RunContext, cache: IdentityCache) -> None:
-        settings = self._settings
-        cache.check(
-            run.layout,
-            steps=settings.recorded_steps,
-            layers=settings.vital_layers,
-            branches=settings.branches,
-            match_layers=settings.match_layers,
-            config_hash=self._config_hash,
+    if config.pre_passes > 1 and config.inject_steps[0] > config.mask_step:
+        raise ConfigError(
+            f"method.pre_passes: is {config.pre_passes}: a pre-pass ends with method.mask_step "
+            f"{config.mask_step}, before anything is injected (method.inject_steps "
+            f"{list(config.inject_steps)}), so a second one would repeat the first; set it to 1"
         )

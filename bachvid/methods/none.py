@@ -2,52 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
-from bachvid.attention.context import RunContext
-from bachvid.kv.cache import IdentityCache, KVStore
-from bachvid.methods.bachvid import IdentityRecorder, VideoObserver
-from bachvid.methods.base import MethodSettings, Observation
-from bachvid.prompts.tokenizer import TokenizedPrompt
+from bachvid.inputs.choices import MaskWords
+from bachvid.inputs.sections import Layers, ResolvedSampling, Step, resolved_section
+from bachvid.methods.base import Method, MethodConfig, Overlay, Role, RunControl, RunInputs
+from bachvid.methods.masking import MaskConfig, ResolvedMaskConfig, check_mask, mask_defaults
+
+if TYPE_CHECKING:
+    from bachvid.catalog.facts import ModelFacts
 
 
-class Vanilla:
+class NoneConfig(MaskConfig):
+    """No method; the mask is taken as others take it, for an evaluation."""
+
+    name: Literal["none"] = "none"
+
+
+class ResolvedNone(NoneConfig, ResolvedMaskConfig):
+    """No method, all of it."""
+
+    mask_layers: Layers
+    mask_step: Step
+    mask_words: MaskWords
+
+
+class Vanilla(Method[ResolvedNone]):
     """Extracts masks at the mask step, so that an evaluation has them; changes no pixel."""
 
-    def __init__(self, settings: MethodSettings, *, config_hash: str) -> None:
-        self._settings = replace(settings, vital_layers=(), match_layers=(), recorded_steps=())
-        self._config_hash = config_hash
+    Config = NoneConfig
+
+    @classmethod
+    def resolve(
+        cls, config: MethodConfig, facts: ModelFacts, sampling: ResolvedSampling
+    ) -> MethodConfig:
+        """Fill in what the section leaves out, and check it. Raises ConfigError."""
+        # All words, on any model: what changes no pixel must refuse no prompt that names nothing.
+        defaults = {**mask_defaults(facts, sampling), "mask_words": "all"}
+        resolved = resolved_section(config, ResolvedNone, **defaults)
+        check_mask(resolved, facts, sampling)
+        return resolved
 
     @property
-    def reads(self) -> tuple[tuple[int, ...], ...]:
-        """Nothing is read, in one run."""
-        return self._settings.reads
+    def observed_at(self) -> int:
+        """The mask step."""
+        return self.config.mask_step
 
-    def identity_control(
-        self, run: RunContext, prompt: TokenizedPrompt, store: KVStore, *, steps: Sequence[int]
-    ) -> IdentityRecorder:
-        """Observe an identity video; nothing is put into `store`."""
-        return IdentityRecorder(
-            run, prompt, self._settings, store=store, steps=steps, config_hash=self._config_hash
-        )
+    @property
+    def mask_words(self) -> MaskWords:
+        """Which words of a segment stand for it in masks."""
+        return self.config.mask_words
 
-    def pre_pass_control(
-        self,
-        run: RunContext,
-        prompt: TokenizedPrompt,
-        cache: IdentityCache | None,
-        observation: Observation | None = None,
-    ) -> VideoObserver:
-        """Observe; never called, because there is one run only."""
-        return VideoObserver(run, prompt, self._settings)
+    @property
+    def shows(self) -> frozenset[Overlay]:
+        """Masks; nothing is matched."""
+        return frozenset({"mask"})
 
-    def frame_control(
-        self,
-        run: RunContext,
-        prompt: TokenizedPrompt,
-        cache: IdentityCache,
-        observation: Observation | None,
-    ) -> VideoObserver:
-        """Observe a frame video."""
-        return VideoObserver(run, prompt, self._settings)
+    @property
+    def lines(self) -> Mapping[str, str]:
+        """What a plan says of it, by a label."""
+        return {"method": "none: every video on its own"}
+
+    def control(self, role: Role, number: int, given: RunInputs) -> RunControl:
+        """Observe; nothing is recorded."""
+        from bachvid.methods.controls.observing import VideoObserver  # imports torch
+
+        return VideoObserver(given, self.config, match_layers=())

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from bachvid.catalog.registry import EMBEDDED
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import IDENTITY_ID, Scene, Story
+from bachvid.methods.base import MethodConfig
+from bachvid.methods.none import NoneConfig
 from bachvid.metrics.attributes import attribute_agreement
 from bachvid.metrics.cost import cost
 from bachvid.metrics.motion import motion
@@ -31,6 +32,7 @@ from bachvid.metrics.success import success
 from bachvid.output.files import read_video
 from bachvid.output.journal import RunContents, VideoRecord, read_run
 from bachvid.output.overlays import upsample_foreground
+from bachvid.planning.config import RenderConfig
 
 if TYPE_CHECKING:
     from bachvid.storybook.judge import JudgeReading
@@ -109,17 +111,23 @@ class Twin(NamedTuple):
 def vanilla_twin(run: Path) -> Twin:
     """Return what `--against none` renders. Raises ConfigError if `run` is no run directory."""
     contents = read_run(run)
-    config = RenderConfig.model_validate(contents.header.config)
+    config = RenderConfig.from_values(contents.header.config, source=str(run))
     # Raw frames may have been added later: the header knows the first render only.
     raw = any(contents.file(*key, f"frames/{key[1]}.npz") for key in contents.records)
     twin = config.model_copy(
         update={
-            "method": config.method.model_copy(update={"name": "none"}),
+            "method": _without_method(config.method),
             "output": config.output.model_copy(update={"overlays": False, "frames": raw}),
         }
     )
     # No scene can have this name: ids have no dot.
     return Twin(Story.model_validate(contents.header.story), twin, run / "against.none")
+
+
+def _without_method(config: MethodConfig) -> NoneConfig:
+    """Return the section of `none`, with masks taken as the method takes them."""
+    shared = {key: value for key, value in config if key in NoneConfig.model_fields}
+    return NoneConfig(**{**shared, "name": "none"})
 
 
 def evaluate_run(path: Path, *, judge: ReadClips | None = None) -> Evaluation:
@@ -133,7 +141,7 @@ def evaluate_run(path: Path, *, judge: ReadClips | None = None) -> Evaluation:
     Raises ConfigError if `path` is no run directory, or has no finished video.
     """
     run = read_run(path)
-    config = RenderConfig.model_validate(run.header.config)
+    config = RenderConfig.from_values(run.header.config, source=str(path))
     story = Story.model_validate(run.header.story)
     if not run.records:
         raise ConfigError(f"{path} has no finished video: render its story first")
@@ -148,6 +156,8 @@ def evaluate_run(path: Path, *, judge: ReadClips | None = None) -> Evaluation:
             "frames were read back from mp4 (lossy); for exact values render into the same folder "
             "again with --set output.frames=true"
         )
+    if judge is None and not any(run.file(*video, _mask_of(video[1])) for video in run.records):
+        notes.append(f"the method {config.method.name} takes no masks: no pixels were measured")
     found: list[Measurement] = []
     for scene in story.scenes:
         found += _measure_records(run, scene)
@@ -174,6 +184,8 @@ def _load_clips(run: RunContents, scene: Scene, judge: ReadClips | None) -> _Cli
     records = [run.records[scene.id, name] for name in names if (scene.id, name) in run.records]
     if not records:
         return None
+    if judge is None and run.file(scene.id, records[0].video, _mask_of(records[0].video)) is None:
+        return None
     frames = np.stack([_load_frames(run, record) for record in records])
     if judge is not None:
         reading = judge(frames)
@@ -194,7 +206,7 @@ def _load_frames(run: RunContents, record: VideoRecord) -> NDArray[np.uint8]:
 def _load_mask(
     run: RunContents, record: VideoRecord, frames: NDArray[np.uint8]
 ) -> NDArray[np.bool_]:
-    path = _file(run, record, f"masks/{record.video}.npz")
+    path = _file(run, record, _mask_of(record.video))
     with np.load(path, allow_pickle=False) as arrays:
         tokens: NDArray[np.bool_] = arrays["foreground"]
     num_frames, height, width, _ = frames.shape
@@ -202,9 +214,13 @@ def _load_mask(
     return upsample_foreground(tokens, temporal_ratio=ratio, height=height, width=width)
 
 
+def _mask_of(video: str) -> str:
+    return f"masks/{video}.npz"
+
+
 def _file(run: RunContents, record: VideoRecord, suffix: str) -> Path:
     path = run.file(record.scene, record.video, suffix)
-    assert path is not None  # every record has an mp4 and a mask
+    assert path is not None  # every record has an mp4, and a mask if its method takes any
     if not path.exists():
         raise ConfigError(f"{path} is gone: render the story into {run.path} again to restore it")
     return path
@@ -253,9 +269,9 @@ def _measure_reading(
         "character": scene.character,
         "action": next(action.text for action in scene.actions if action.id == video),
     }
-    seen = {part: getattr(reading, part)[index] for part in asked}
-    for part, value in prompt_accuracy(asked, seen).items():
-        yield Measurement(f"prompt_{part}", scene.id, video, "", value)
+    seen = {segment: getattr(reading, segment)[index] for segment in asked}
+    for segment, value in prompt_accuracy(asked, seen).items():
+        yield Measurement(f"prompt_{segment}", scene.id, video, "", value)
     if records[0].video == IDENTITY_ID:
         agreement = attribute_agreement(reading.attributes, identity=0, video=index)
         for name, value in agreement.items():

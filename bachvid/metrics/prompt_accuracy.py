@@ -6,5 +6,5 @@ from collections.abc import Mapping
 
 
 def prompt_accuracy(asked: Mapping[str, str], seen: Mapping[str, str]) -> dict[str, float]:
-    """Return 1.0 or 0.0 for each part of the prompt; both map a part to its phrase."""
-    return {part: float(seen[part] == phrase) for part, phrase in asked.items()}
+    """Return 1.0 or 0.0 for each segment of the prompt; both map a segment to its phrase."""
+    return {segment: float(seen[segment] == phrase) for segment, phrase in asked.items()}

@@ -1,1 +1,1 @@
-"""Which model it is done to: one file per family. No method, no Ray."""
+"""How each family is run: an adapter on the diffusers classes, which stay as they are."""

@@ -1,72 +1,75 @@
-"""How a prediction becomes the latents of the next step, as diffusers' schedulers do it."""
+"""How a prediction becomes the latents of the next step, as diffusers' schedulers do it.
+
+A solver is a scheduler with the state of one run. Its scheduler is fresh, with its timesteps set.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from diffusers import (
-    CogVideoXDPMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from torch import Tensor
 
-from bachvid.inputs.config import SamplingConfig
-from bachvid.models.base import Scheduler, VideoModel
+if TYPE_CHECKING:
+    from diffusers import (
+        CogVideoXDDIMScheduler,
+        CogVideoXDPMScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        UniPCMultistepScheduler,
+    )
 
 
-class _Solver(Protocol):
-    """A scheduler with the state of one run."""
+class Solver(Protocol):
+    """Steps count from 0; latents and predictions are in the model's own layout."""
 
-    timesteps: Tensor
+    timesteps: Tensor  # one for each step
 
-    def advance(
-        self, step: int, prediction: Tensor, latents: Tensor
-    ) -> tuple[Tensor, Tensor]: ...  # latents of the next step, and the estimate of x0
+    def advance(self, step: int, prediction: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latents behind `step`, and what they are expected to become (x0 hat).
+
+        Called once for every step, in rising order: a solver may remember what was predicted.
+        """
+
+    def estimate(self, step: int, prediction: Tensor, latents: Tensor) -> Tensor:
+        """Return what `advance` expects the latents to become, bitwise; advances nothing."""
+
+    def noised(self, clean: Tensor, noise: Tensor, step: int) -> Tensor:
+        """Return finished latents with as much of `noise` as the latents before `step` have."""
 
 
-class _Ddim:
+class DdimSolver:
     """A solver that needs neither noise nor memory."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.timesteps = scheduler.timesteps
+    def __init__(self, scheduler: CogVideoXDDIMScheduler) -> None:
+        self.timesteps: Tensor = scheduler.timesteps
         self._scheduler = scheduler
 
     def advance(self, step: int, prediction: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the next latents and x0 hat."""
         timestep = self.timesteps[step]
         latents, estimate = self._scheduler.step(prediction, timestep, latents, return_dict=False)
         return latents, estimate
 
+    def estimate(self, step: int, prediction: Tensor, latents: Tensor) -> Tensor:
+        """Return x0 hat."""
+        return self.advance(step, prediction, latents)[1]
 
-class _Flow:
-    """UniPC or Euler on the straight line between video and noise, whose direction is predicted."""
-
-    def __init__(
-        self, scheduler: UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler
-    ) -> None:
-        # Else a first timestep that stands twice in the list would be taken for its second place.
-        scheduler.set_begin_index(0)
-        self.timesteps = scheduler.timesteps
-        self._scheduler = scheduler
-
-    def advance(self, step: int, prediction: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-        estimate = latents - self._scheduler.sigmas[step] * prediction.float()
-        timestep = self.timesteps[step]
-        (latents,) = self._scheduler.step(prediction, timestep, latents, return_dict=False)
-        return latents, estimate
+    def noised(self, clean: Tensor, noise: Tensor, step: int) -> Tensor:
+        """Return `clean` noised on the scheduler's own curve."""
+        return _add_noise(self._scheduler, clean, noise, self.timesteps[step])
 
 
-class _Dpm:
+class DpmSolver:
     """DPM-Solver++ (SDE): draws noise at every step and remembers its last estimate of x0."""
 
-    def __init__(self, scheduler: Scheduler, generator: torch.Generator) -> None:
-        self.timesteps = scheduler.timesteps
+    def __init__(self, scheduler: CogVideoXDPMScheduler, generator: torch.Generator) -> None:
+        self.timesteps: Tensor = scheduler.timesteps
         self._scheduler = scheduler
         self._generator = generator
         self._estimate: Tensor | None = None
 
     def advance(self, step: int, prediction: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the next latents, with new noise in them, and x0 hat."""
         latents, estimate = self._scheduler.step(
             prediction,
             self._estimate,
@@ -79,19 +82,62 @@ class _Dpm:
         self._estimate = estimate
         return latents, estimate
 
+    def estimate(self, step: int, prediction: Tensor, latents: Tensor) -> Tensor:
+        """Return x0 hat, of a step whose noise nobody uses: only so does the scheduler say it."""
+        unused = torch.Generator()
+        estimate: Tensor = self._scheduler.step(
+            prediction,
+            None,
+            self.timesteps[step],
+            None,
+            latents,
+            generator=unused,
+            return_dict=False,
+        )[1]
+        return estimate
 
-def _build_solver(
-    model: VideoModel, noise: Tensor, *, noise_seed: int, sampling: SamplingConfig
-) -> _Solver:
-    assert sampling.scheduler is not None
-    assert sampling.num_steps is not None
-    scheduler = model.scheduler(sampling.scheduler)
-    scheduler.set_timesteps(sampling.num_steps, device=model.device)
-    if isinstance(scheduler, UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler):
-        return _Flow(scheduler)
-    if not isinstance(scheduler, CogVideoXDPMScheduler):
-        return _Ddim(scheduler)
-    generator = torch.Generator().manual_seed(noise_seed)
-    # The stock pipeline draws the initial noise from the same generator: draw past it.
-    torch.randn(noise.shape, generator=generator, dtype=noise.dtype)
-    return _Dpm(scheduler, generator)
+    def noised(self, clean: Tensor, noise: Tensor, step: int) -> Tensor:
+        """Return `clean` noised on the scheduler's own curve."""
+        return _add_noise(self._scheduler, clean, noise, self.timesteps[step])
+
+
+class FlowSolver:
+    """UniPC or Euler on the straight line between video and noise, whose direction is predicted."""
+
+    def __init__(
+        self, scheduler: UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler
+    ) -> None:
+        # Else a first timestep that stands twice in the list would be taken for its second place.
+        scheduler.set_begin_index(0)
+        self.timesteps: Tensor = scheduler.timesteps
+        self._scheduler = scheduler
+
+    def advance(self, step: int, prediction: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the next latents and x0 hat."""
+        estimate = self.estimate(step, prediction, latents)
+        timestep = self.timesteps[step]
+        (latents,) = self._scheduler.step(prediction, timestep, latents, return_dict=False)
+        return latents, estimate
+
+    def estimate(self, step: int, prediction: Tensor, latents: Tensor) -> Tensor:
+        """Return x0 hat: the end of the line on which the latents lie."""
+        return latents - self._sigma(step) * prediction.float()
+
+    def noised(self, clean: Tensor, noise: Tensor, step: int) -> Tensor:
+        """Return the point of the line from `clean` to `noise` at the step's sigma."""
+        sigma = self._sigma(step)
+        return (1 - sigma) * clean + sigma * noise
+
+    def _sigma(self, step: int) -> Tensor:
+        sigma: Tensor = self._scheduler.sigmas[step]
+        return sigma
+
+
+def _add_noise(
+    scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler,
+    clean: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+) -> Tensor:
+    noised: Tensor = scheduler.add_noise(clean, noise, timestep[None])
+    return noised

@@ -1,17 +1,13 @@
-"""Wan2.1 from text (1.3B, 14B and models like them) on the diffusers classes, left as they are.
+"""Wan2.1 from text (1.3B, 14B and models like them) on the diffusers classes.
 
-Gives, for the same inputs, what the stock diffusers pipeline gives, bit by bit. It must not know
-what a control does. Text has an attention of its own, so the joint tokens are those of the video.
-Shapes: B batch, F latent frames, P prompts, T text tokens, S and N video tokens, H heads,
-D channels per head, C channels.
+For the same inputs it returns what the stock diffusers pipeline does, bit by bit. Latents are
+[1, C, F, h, w] in fp32, whatever the dtype of the weights. Text has an attention of its own, so the
+joint tokens are those of the video. Shapes: B batch, F latent frames, T text tokens, S video
+tokens, N video positions, H heads, D channels per head, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLWan,
@@ -20,33 +16,27 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.models.transformers.transformer_wan import WanAttention
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from bachvid.attention.attend import controlled_attention, controlled_cross_attention
 from bachvid.attention.context import RunContext
 from bachvid.attention.control import QKV, AttentionControl
-from bachvid.attention.groups import ALONE, SequenceGroup
+from bachvid.attention.groups import SequenceGroup
 from bachvid.attention.rotary import Rotary
 from bachvid.catalog.facts import ModelFacts
-from bachvid.inputs.config import ModelConfig, VideoConfig
-from bachvid.layout.tokens import TokenLayout
-from bachvid.models.base import Scheduler, shard_tokens
-from bachvid.models.loading import PartLoader, TextEncoder, encode_each, to_frames
-from bachvid.prompts.compose import Prompt
-
-# Beyond this the decoder works on overlapping tiles, of its own size. Whole, it needs about 25 KB
-# per pixel (measured, in fp32; any number of frames): 10 GB here, 23 GB at 720 x 1280.
-TILED_ABOVE_PIXELS = 480 * 832
+from bachvid.inputs.sections import ModelConfig, ResolvedSampling
+from bachvid.models.base import Grid, VideoModel
+from bachvid.models.loading import load_adapter
+from bachvid.models.solvers import FlowSolver, Solver
 
 
 class WanSelfAttention:
     """Wan attention among video tokens, of one layer, with one seam before RoPE. No state."""
 
-    def __init__(self, layer: int, run: RunContext, control: AttentionControl) -> None:
+    def __init__(self, layer: int, context: RunContext, control: AttentionControl) -> None:
         self.layer = layer
-        self.run = run
+        self.context = context
         self.control = control
 
     def __call__(
@@ -55,11 +45,11 @@ class WanSelfAttention:
         hidden_states: Tensor,
         encoder_hidden_states: None = None,
         attention_mask: None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,  # the same table as run.rotary
+        rotary_emb: tuple[Tensor, Tensor] | None = None,  # the same table as context.rotary
     ) -> Tensor:
         """Attend among the video rows of this rank; names are those of diffusers, which calls."""
         qkv = QKV(*_project(attn, hidden_states, hidden_states))
-        out_BSC = controlled_attention(self.run, self.control, self.layer, qkv)
+        out_BSC = controlled_attention(self.context, self.control, self.layer, qkv)
         out: Tensor = attn.to_out[0](out_BSC)  # [1] is dropout
         return out
 
@@ -67,9 +57,9 @@ class WanSelfAttention:
 class WanCrossAttention:
     """Wan attention from video to text tokens, of one layer, that a control may look at."""
 
-    def __init__(self, layer: int, run: RunContext, control: AttentionControl) -> None:
+    def __init__(self, layer: int, context: RunContext, control: AttentionControl) -> None:
         self.layer = layer
-        self.run = run
+        self.context = context
         self.control = control
 
     def __call__(
@@ -82,7 +72,9 @@ class WanCrossAttention:
     ) -> Tensor:
         """Attend to all text tokens, padding too, as Wan was trained."""
         query, key, value = _project(attn, hidden_states, encoder_hidden_states)
-        out_BSC = controlled_cross_attention(self.run, self.control, self.layer, query, key, value)
+        out_BSC = controlled_cross_attention(
+            self.context, self.control, self.layer, query, key, value
+        )
         out: Tensor = attn.to_out[0](out_BSC)
         return out
 
@@ -99,173 +91,105 @@ def _project(
     return query, key, value
 
 
-class WanModel:
-    """A VideoModel. The text encoder is loaded when it is first needed: frame videos need none.
+class WanModel(VideoModel):
+    """The adapter. The autoencoder is held in fp32 whatever `model.dtype` is."""
 
-    Latents are [1, C, F, height, width] in fp32, whatever the dtype of the weights.
-    """
+    first_block = "blocks.0"
+    behind_blocks = "norm_out"
 
-    def __init__(
-        self,
-        facts: ModelFacts,
-        *,
-        transformer: WanTransformer3DModel,
-        vae: AutoencoderKLWan,
-        load_text_encoder: Callable[[], TextEncoder],
-        scheduler_config: dict[str, Any],
-        device: torch.device,
-        group: SequenceGroup = ALONE,
-    ) -> None:
-        self.facts = facts
-        self.group = group
-        self.transformer = transformer
-        self.device = device
-        self.dtype: torch.dtype = transformer.dtype
-        self.vae = vae
-        self._load_text_encoder = load_text_encoder
-        self._text_encoder: TextEncoder | None = None
-        self._scheduler_config = scheduler_config
-        self._rotary: dict[tuple[int, int, int], Rotary] = {}
-        shard_tokens(transformer.blocks[0], transformer.norm_out, group)
-
-    def layout(self, video: VideoConfig) -> TokenLayout:
-        """Return where video tokens stand. Raises ConfigError for an illegal size."""
-        return self.facts.layout(video)
-
-    def rotary(self, video: VideoConfig) -> Rotary:
-        """Return the position table of the video tokens."""
-        grid = self.facts.layout(video).grid
-        if grid not in self._rotary:
-            # The table depends on the shape of the latents only.
-            latents = torch.empty(self._latent_shape(video), device="meta")
-            cos_BSHD, sin_BSHD = self.transformer.rope(latents)
-            cos_ND, sin_ND = (x_BSHD[0, :, 0].to(self.device) for x_BSHD in (cos_BSHD, sin_BSHD))
-            self._rotary[grid] = Rotary(cos_ND, sin_ND)
-        return self._rotary[grid]
-
-    def encode_prompts(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Return embeddings [P, T, C]: of padding none, zeros instead, as Wan was trained."""
-        if self._text_encoder is None:
-            self._text_encoder = self._load_text_encoder()
-        tokenizer, encoder = self._text_encoder
-
-        @torch.no_grad()
-        def encode(prompt: Prompt) -> Tensor:
-            tokens = tokenizer.tokenize(prompt)
-            ids = torch.tensor([tokens.ids], device=self.device)
-            mask = torch.zeros_like(ids)
-            mask[:, : tokens.num_tokens] = 1
-            embeds: Tensor = encoder(ids, mask)[0].to(self.dtype)
-            embeds[:, tokens.num_tokens :] = 0
-            return embeds
-
-        return encode_each(prompts, encode)
-
-    def free_text_encoder(self) -> None:
-        """Drop the text encoder's weights; the next `encode_prompts` loads them again."""
-        self._text_encoder = None
-
-    def initial_noise(self, seed: int, video: VideoConfig) -> Tensor:
-        """Return latents [1, C, F, height, width], drawn on the CPU in fp32."""
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(self._latent_shape(video), generator=generator, dtype=torch.float32)
-        return noise.to(self.device)
-
-    def scheduler(self, name: str) -> Scheduler:
-        """Return a fresh scheduler, "unipc" or "euler", with the shift that the weights want."""
-        config = self._scheduler_config
-        shift = config.get("flow_shift", config.get("shift", 1.0))
-        scheduler: Scheduler
-        if name == "unipc":
+    def solver(self, sampling: ResolvedSampling, noise: Tensor, noise_seed: int) -> Solver:
+        """Return "unipc" or "euler", with the shift that the weights want; both draw nothing."""
+        shift = self.facts.flow_shift
+        if sampling.scheduler == "unipc":
             scheduler = UniPCMultistepScheduler.from_config(
-                config,
+                self._scheduler_config,
                 prediction_type="flow_prediction",
                 use_flow_sigmas=True,
                 flow_shift=shift,
             )
         else:
             scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-        return scheduler
+        scheduler.set_timesteps(sampling.num_steps, device=self.device)
+        return FlowSolver(scheduler)
 
-    @torch.no_grad()
-    def predict(self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Run the transformer once, on latents [B, C, F, height, width] of one timestep.
+    def controlled_processors(
+        self, context: RunContext, control: AttentionControl
+    ) -> dict[str, WanSelfAttention | WanCrossAttention]:
+        """Return one processor per attention, by its path in the transformer."""
+        layers = range(self.facts.num_layers)
+        return {
+            f"blocks.{layer}.attn1.processor": WanSelfAttention(layer, context, control)
+            for layer in layers
+        } | {
+            f"blocks.{layer}.attn2.processor": WanCrossAttention(layer, context, control)
+            for layer in layers
+        }
 
-        In the dtype of the weights, in which the stock pipeline guides.
-        """
+    @property
+    def _latent_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def _latent_shape(self, grid: Grid) -> tuple[int, ...]:
+        frames, height, width = grid
+        patch = self.facts.patch_size
+        return (1, self.facts.latent_channels, frames, height * patch, width * patch)
+
+    def _rotary_table(self, grid: Grid) -> Rotary:
+        # The table depends on the shape of the latents only.
+        latents = torch.empty(self._latent_shape(grid), device="meta")
+        cos_BSHD, sin_BSHD = self.transformer.rope(latents)
+        cos_ND, sin_ND = (x_BSHD[0, :, 0].to(self.device) for x_BSHD in (cos_BSHD, sin_BSHD))
+        return Rotary(cos_ND, sin_ND)
+
+    def _embed(self, encoder: UMT5EncoderModel, ids_1T: Tensor, num_tokens: int) -> Tensor:
+        """Of padding no embeddings but zeros, as Wan was trained."""
+        mask_1T = torch.zeros_like(ids_1T)
+        mask_1T[:, :num_tokens] = 1
+        embeds: Tensor = encoder(ids_1T, mask_1T)[0].to(self.dtype)
+        embeds[:, num_tokens:] = 0
+        return embeds
+
+    def _predict(self, latents: Tensor, timestep_B: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """In the dtype of the weights, in which the stock pipeline guides."""
         prediction: Tensor = self.transformer(
             hidden_states=latents.to(self.dtype),
-            timestep=timestep.expand(len(latents)),
+            timestep=timestep_B,
             encoder_hidden_states=prompt_embeds,
             return_dict=False,
         )[0]
         return prediction
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Return frames [frames, height, width, 3] of latents [1, C, F, height, width]."""
-        _, channels, _, height, width = latents.shape
-        if height * width * self.facts.spatial_ratio**2 > TILED_ABOVE_PIXELS:
-            self.vae.enable_tiling()
-        else:
-            self.vae.disable_tiling()
-        config = self.vae.config
+    def _unscaled(self, latents: Tensor) -> Tensor:
         latents = latents.to(self.vae.dtype)
+        mean, inverse_std = self._statistics(latents)
+        # Divided by the inverse, as in the stock pipeline: else the last bits differ.
+        return latents / inverse_std + mean
+
+    def _scaled(self, encoded_BCFhw: Tensor) -> Tensor:
+        mean, inverse_std = self._statistics(encoded_BCFhw)
+        return (encoded_BCFhw - mean) * inverse_std
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean of each latent channel and the inverse of its standard deviation."""
+        config = self.vae.config
         mean, std = (
-            torch.tensor(values).view(1, channels, 1, 1, 1).to(latents)
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(like)
             for values in (config.latents_mean, config.latents_std)
         )
-        # Divided by the inverse, as in the stock pipeline: else the last bits differ.
-        video_CFHW = self.vae.decode(latents / (1.0 / std) + mean).sample[0]
-        return to_frames(video_CFHW)
-
-    def controlled_processors(
-        self, run: RunContext, control: AttentionControl
-    ) -> dict[str, WanSelfAttention | WanCrossAttention]:
-        """Return one processor per attention, by its path in the transformer."""
-        layers = range(self.facts.num_layers)
-        return {
-            f"blocks.{layer}.attn1.processor": WanSelfAttention(layer, run, control)
-            for layer in layers
-        } | {
-            f"blocks.{layer}.attn2.processor": WanCrossAttention(layer, run, control)
-            for layer in layers
-        }
-
-    def _latent_shape(self, video: VideoConfig) -> tuple[int, int, int, int, int]:
-        frames, height, width = self.facts.layout(video).grid
-        patch = self.facts.patch_size
-        return (1, self.facts.latent_channels, frames, height * patch, width * patch)
+        return mean, 1.0 / std
 
 
 def load_wan(config: ModelConfig, facts: ModelFacts, group: SequenceGroup) -> WanModel:
-    """Load Wan2.1 from a folder or the Hub: safetensors weights only, no code from there.
-
-    The autoencoder is held in fp32 whatever `model.dtype` is, as Wan's authors advise.
-
-    Raises:
-        ConfigError: a folder, file or Hub id is missing or damaged; the device does not exist.
-        ModelSupportError: a part of the model is of another class than Wan2.1's.
-    """
-    loader = PartLoader(
+    """Load Wan2.1 from a folder or the Hub. Raises as `load_adapter` does."""
+    return load_adapter(
+        WanModel,
         config,
         facts,
+        group,
         classes={
             "transformer": (WanTransformer3DModel,),
             "vae": (AutoencoderKLWan,),
             "text_encoder": (UMT5EncoderModel,),
             "scheduler": (UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler),
         },
-    )
-    transformer = loader.load(WanTransformer3DModel, "transformer")
-    vae = loader.load(AutoencoderKLWan, "vae", dtype=torch.float32)
-    loader.place(transformer, vae)
-    return WanModel(
-        facts,
-        transformer=transformer,
-        vae=vae,
-        load_text_encoder=lambda: loader.load_text_encoder(UMT5EncoderModel),
-        scheduler_config=loader.scheduler_config(UniPCMultistepScheduler),
-        device=loader.device,
-        group=group,
     )

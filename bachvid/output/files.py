@@ -1,6 +1,7 @@
-"""What files a rendered video becomes: the owner of the config's `output` section.
+"""What files a rendered video becomes, as the config's `output` section says.
 
-It only makes files that are missing. Knows no order of work and imports no torch.
+Joins what the files show (`mp4`, `sheets`, `overlays`) with what the run is about: the plan's
+captions, the metadata, the paths in the run directory. Knows no order of work. No torch.
 """
 
 from __future__ import annotations
@@ -17,20 +18,19 @@ from numpy.typing import NDArray
 
 from bachvid import __version__
 from bachvid.atomic import write_atomically
-from bachvid.engine.arrays import Foreground, Frames
-from bachvid.inputs.config import RenderConfig
+from bachvid.engine.results import Foreground, Frames
 from bachvid.inputs.story import IDENTITY_ID
 from bachvid.output.journal import RunHeader
-from bachvid.output.mp4 import read_metadata, read_mp4, write_mp4
+from bachvid.output.mp4 import Metadata, read_metadata, read_mp4, write_mp4
 from bachvid.output.overlays import match_rows, overlay_mask, upsample_foreground
 from bachvid.output.pixels import enlarge, enlargement
 from bachvid.output.run_directory import RunDirectory
 from bachvid.output.sheets import SheetRow, sheet_tiles, write_sheet
+from bachvid.planning.config import ResolvedConfig
 from bachvid.planning.plan import RenderPlan, ScenePlan, VideoPlan
-from bachvid.planning.resolve import config_hash
 
 if TYPE_CHECKING:
-    from bachvid.engine.results import MatchedTokens, RenderedVideo
+    from bachvid.engine.results import RenderedVideo
 
 ENLARGEMENT = "enlargement"  # metadata key of an mp4
 
@@ -40,35 +40,32 @@ class IdentityPicture:
     """What the overlays of frame videos show of their identity video."""
 
     frames: Frames
-    foreground: Foreground  # in tokens
+    foreground: Foreground | None  # in tokens
 
 
 def run_header(plan: RenderPlan) -> RunHeader:
-    """Say whose run it is that `plan` renders."""
+    """Return the first line of the journal of what `plan` renders."""
     story = plan.story.model_dump(mode="json")
     canonical = json.dumps(story, sort_keys=True, separators=(",", ":"))
     return RunHeader(
         story=story,
         config=plan.config.model_dump(mode="json"),
         story_hash=hashlib.sha256(canonical.encode()).hexdigest(),
-        config_hash=config_hash(plan.config),
+        config_hash=plan.config.sha256,
         bachvid=__version__,
     )
 
 
-def wanted_files(
-    run: RunDirectory, config: RenderConfig, *, scene: str, video: str
-) -> dict[str, Path]:
-    """Name the files that this config wants of a video, by their kind."""
-    files = {
-        "mp4": run.file(scene, f"{video}.mp4"),
-        "mask": run.file(scene, "masks", f"{video}.npz"),
-    }
-    if config.output.overlays:
-        files["mask_overlay"] = run.file(scene, "overlays", f"{video}.mask.png")
-        if video != IDENTITY_ID and config.method.name != "none":
-            files["match_overlay"] = run.file(scene, "overlays", f"{video}.match.png")
-    if config.output.frames:
+def wanted_files(run: RunDirectory, plan: RenderPlan, *, scene: str, video: str) -> dict[str, Path]:
+    """Return the paths of the files that a plan wants of a video, by their kind."""
+    shown = plan.shows - {"match"} if video == IDENTITY_ID else plan.shows
+    files = {"mp4": run.file(scene, f"{video}.mp4")}
+    if "mask" in shown:
+        files["mask"] = run.file(scene, "masks", f"{video}.npz")
+    if plan.config.output.overlays:
+        for overlay in sorted(shown):
+            files[f"{overlay}_overlay"] = run.file(scene, "overlays", f"{video}.{overlay}.png")
+    if plan.config.output.frames:
         files["frames"] = run.file(scene, "frames", f"{video}.npz")
     return files
 
@@ -76,71 +73,65 @@ def wanted_files(
 def write_files(
     files: Mapping[str, Path],
     *,
-    config: RenderConfig,
+    config: ResolvedConfig,
     temporal_ratio: int,
     video: VideoPlan,
     rendered: RenderedVideo,
     identity: IdentityPicture,
     config_sha256: str,
 ) -> dict[Path, str]:
-    """Write `files` (by kind, as `wanted_files`) of one video; return the sha256 of each."""
+    """Write `files` (by kind, as `wanted_files`) of one video. Return the sha256 of each.
+
+    Raises OSError if the disk is full, LayoutError for frames that no mask covers evenly.
+    """
     frames = rendered.frames
     _, height, width, _ = frames.shape
     factor = enlargement(height, width, config.output.min_height)
-    foreground = upsample_foreground(
-        rendered.foreground, temporal_ratio=temporal_ratio, height=height, width=width
-    )
-    fps = config.output.fps
-    assert fps is not None  # resolve_config left no None
+    in_tokens: dict[str, Foreground] = {}  # by name: empty for a method that takes no mask
+    in_pixels: dict[str, Foreground] = {}
+    if rendered.foreground is not None:
+        in_tokens["foreground"] = rendered.foreground
+        in_pixels["foreground"] = upsample_foreground(
+            rendered.foreground, temporal_ratio=temporal_ratio, height=height, width=width
+        )
 
-    def write_video(path: Path) -> None:
-        write_mp4(
+    metadata: Metadata = {
+        "bachvid": __version__,
+        "prompt": video.prompt.text,
+        "seed": video.seed,
+        "config_sha256": config_sha256,
+        "frames_sha256": rendered.frames_sha256,
+        ENLARGEMENT: factor,
+    }
+    writers: dict[str, Callable[[Path], None]] = {
+        "mp4": lambda path: write_mp4(
             enlarge(frames, factor),
             path,
-            fps=fps,
+            fps=config.output.fps,
             crf=config.output.crf,
-            metadata={
-                "bachvid": __version__,
-                "prompt": video.prompt.text,
-                "seed": video.seed,
-                "config_sha256": config_sha256,
-                "frames_sha256": rendered.frames_sha256,
-                ENLARGEMENT: factor,
-            },
-        )
-
-    def write_match(path: Path) -> None:
-        assert rendered.matched is not None
-        _write_match_overlay(
-            path,
-            video=video,
-            rendered=rendered,
-            identity=identity,
-            matched=rendered.matched,
-            temporal_ratio=temporal_ratio,
-        )
-
-    writers: dict[str, Callable[[Path], None]] = {
-        "mp4": write_video,
-        "mask": lambda path: _write_arrays(path, foreground=rendered.foreground),
-        "mask_overlay": lambda path: _write_mask_overlay(
-            path, video=video, frames=frames, foreground=foreground
+            metadata=metadata,
         ),
-        "match_overlay": write_match,
+        "mask": lambda path: _write_arrays(path, **in_tokens),
+        "mask_overlay": lambda path: _write_mask_overlay(
+            path, video=video, frames=frames, **in_pixels
+        ),
+        "match_overlay": lambda path: _write_match_overlay(
+            path, video=video, rendered=rendered, identity=identity, temporal_ratio=temporal_ratio
+        ),
         "frames": lambda path: _write_arrays(
-            path, frames=frames, foreground=foreground, latents=rendered.latents
+            path, frames=frames, latents=rendered.latents, **in_pixels
         ),
     }
     return {path: write_atomically(path, writers[kind]) for kind, path in files.items()}
 
 
 def contact_sheet(run: RunDirectory, scene: ScenePlan) -> Path:
-    """Name the contact sheet of a scene."""
+    """Return the path of a scene's contact sheet."""
     return run.file(scene.scene.id, "contact-sheet.png")
 
 
 def write_contact_sheet(run: RunDirectory, scene: ScenePlan, tiles: Mapping[str, Frames]) -> None:
-    """Write a scene's contact sheet; the videos that `tiles` lacks are read back."""
+    """Write a scene's contact sheet; the videos that `tiles` lacks are read back from their mp4."""
     rows = []
     for video in scene.videos:
         path = run.contents.file(scene.scene.id, video.id, ".mp4")
@@ -162,7 +153,7 @@ def write_contact_sheet(run: RunDirectory, scene: ScenePlan, tiles: Mapping[str,
 
 
 def write_preview(path: Path, video: VideoPlan, frames: Frames) -> None:
-    """Write what a video will become; it is no file of the finished run."""
+    """Write a picture of what a video will become; it is no file of the finished run."""
     row = SheetRow(video.id, "preview", frames)
     write_atomically(
         path,
@@ -173,15 +164,18 @@ def write_preview(path: Path, video: VideoPlan, frames: Frames) -> None:
 
 
 def read_identity(run: RunDirectory, scene: ScenePlan) -> IdentityPicture:
-    """Read back what a finished identity video shows; the frames are lossy, for overlays only."""
+    """Return what a finished identity video shows; the frames are lossy, for overlays only."""
     name = scene.scene.id
-    with np.load(run.file(name, "masks", f"{IDENTITY_ID}.npz")) as arrays:
-        foreground = arrays["foreground"]
+    path = run.file(name, "masks", f"{IDENTITY_ID}.npz")
+    foreground: Foreground | None = None
+    if path.exists():
+        with np.load(path) as arrays:
+            foreground = arrays["foreground"]
     return IdentityPicture(read_video(run.file(name, f"{IDENTITY_ID}.mp4")), foreground)
 
 
 def read_video(path: Path) -> Frames:
-    """Read the frames of a run's mp4 at the size of the model: lossy, near what was rendered."""
+    """Return the frames of a run's mp4 at the size of the model: near what was rendered."""
     return read_mp4(path, shrink=int(read_metadata(path).get(ENLARGEMENT, 1)))
 
 
@@ -212,9 +206,11 @@ def _write_match_overlay(
     video: VideoPlan,
     rendered: RenderedVideo,
     identity: IdentityPicture,
-    matched: MatchedTokens,
     temporal_ratio: int,
 ) -> None:
+    matched = rendered.matched
+    assert matched is not None, "of a method that shows no match none is wanted"
+    assert identity.foreground is not None, "what is matched has a mask"
     rows: Sequence[SheetRow] = match_rows(
         identity_frames=identity.frames,
         frame_frames=rendered.frames,

@@ -33,7 +33,7 @@ class VideoRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     cache_bytes: int = 0
     recoveries: Sequence[str] = ()
-    made_with: Mapping[str, str] = field(default_factory=dict)  # versions and device
+    provenance: Mapping[str, str] = field(default_factory=dict)  # versions and device
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class RunContents:
 
 
 def read_run(path: Path) -> RunContents:
-    """Read a run directory without locking it.
+    """Return what a run directory holds, without locking it.
 
     Raises ConfigError if `path` is no run directory.
     """
@@ -107,7 +107,7 @@ def read_lines(path: Path) -> tuple[list[JsonObject], int]:
 
 
 def contents_of(path: Path, lines: Sequence[JsonObject]) -> RunContents:
-    """Understand the lines of a journal. Raises ConfigError if they are another program's."""
+    """Return what the lines of a journal say. Raises ConfigError if they are another program's."""
     first, *rest = lines
     try:
         header = RunHeader(**_fields(first, "run"))  # type: ignore[arg-type]

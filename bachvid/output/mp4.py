@@ -1,7 +1,6 @@
-"""Frames to files: mp4, contact sheets, mask and match overlays.
+"""Frames to mp4 files and back, by PyAV.
 
-Knows arrays and pixels only: no model, no story, no run directory. Shapes: F frames, H rows and
-W columns of pixels; tokens have a grid of their own, (latent frames, rows, columns).
+Frames are uint8, (frames, height, width, 3), RGB. Knows no model, no story and no run directory.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
-from bachvid.engine.arrays import Frames
+from bachvid.engine.results import Frames
 from bachvid.errors import LayoutError
-from bachvid.output.pixels import _to_pixels
+from bachvid.output.pixels import to_pixels
 
 Metadata = Mapping[str, str | int | float]
 # swscale's quick default darkens every colour by one to three levels.
@@ -62,7 +61,10 @@ def read_metadata(path: Path) -> dict[str, str | int | float]:
 
 
 def read_mp4(path: Path, *, shrink: int = 1) -> Frames:
-    """Decode an mp4 and average every `shrink` x `shrink` pixels: lossy, near what was written."""
+    """Return the frames of an mp4, every `shrink` x `shrink` pixels averaged; H.264 is lossy.
+
+    Raises LayoutError if a side is no multiple of `shrink`.
+    """
     with av.open(str(path)) as container:
         decoded = [
             frame.reformat(
@@ -75,4 +77,4 @@ def read_mp4(path: Path, *, shrink: int = 1) -> Frames:
     if height % shrink or width % shrink:
         raise LayoutError(f"{path} is {width}x{height}: it is not enlarged by {shrink}")
     blocks = frames.reshape(num_frames, height // shrink, shrink, width // shrink, shrink, 3)
-    return _to_pixels(blocks.mean(axis=(2, 4)))
+    return to_pixels(blocks.mean(axis=(2, 4)))

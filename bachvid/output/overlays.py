@@ -1,14 +1,18 @@
-"""Masks and matches, drawn over frames."""
+"""Masks and matches, drawn over frames.
+
+Frames are uint8, (frames, height, width, 3), RGB. A mask is bool, True where the character is, in
+pixels or in tokens: (latent frames, rows, columns). Knows no model, no story and no run directory.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bachvid.engine.arrays import Foreground, Frames
+from bachvid.engine.results import Foreground, Frames
 from bachvid.errors import LayoutError
-from bachvid.output.pixels import _to_pixels, enlarge, enlargement
-from bachvid.output.sheets import _TILE_HEIGHT, SheetRow
+from bachvid.output.pixels import enlarge, enlargement, to_pixels
+from bachvid.output.sheets import TILE_HEIGHT, SheetRow
 
 _TINT = (255, 45, 120)
 _CORNERS = np.array(  # colours of an identity position: top left, top right, bottom left, right
@@ -19,7 +23,7 @@ _CORNERS = np.array(  # colours of an identity position: top left, top right, bo
 def upsample_foreground(
     foreground: Foreground, *, temporal_ratio: int, height: int, width: int
 ) -> Foreground:
-    """Spread a token mask over pixels, in space and in time.
+    """Return a token mask spread over pixels, in space and in time.
 
     Latent frame 0 covers pixel frame 0, every later one covers `temporal_ratio` pixel frames.
     Raises LayoutError if the pixels are no multiple of the tokens.
@@ -34,7 +38,10 @@ def upsample_foreground(
 
 
 def overlay_mask(frames: Frames, foreground: Foreground) -> Frames:
-    """Tint the foreground, grey the rest a little and draw the border between them."""
+    """Return frames with the foreground tinted, the rest greyed and the border drawn in between.
+
+    `foreground` is in pixels.
+    """
     pixels = frames.astype(np.float32)
     grey = pixels.mean(axis=-1, keepdims=True)
     rest = 0.55 * pixels + 0.45 * grey
@@ -42,14 +49,15 @@ def overlay_mask(frames: Frames, foreground: Foreground) -> Frames:
     blended = np.where(foreground[..., None], tinted, rest)
     width = max(1, frames.shape[1] // 160)
     blended[_border(foreground, width)] = _TINT
-    return _to_pixels(blended)
+    return to_pixels(blended)
 
 
 def identity_colours(foreground: Foreground) -> NDArray[np.uint8]:
-    """Return every identity token a colour by its place in the figure, uint8, (F, H, W, 3).
+    """Return a colour for every identity token, by its place in the figure.
 
-    Colours are mixed between the four corners of the figure's bounding box in that frame, so
-    that a part of the body has about the same colour in every frame.
+    `foreground` is in tokens, the result uint8, (latent frames, rows, columns, 3). Colours are
+    mixed between the four corners of the figure's bounding box in that frame, so that a part of
+    the body has about the same colour in every frame.
     """
     num_frames, rows, columns = foreground.shape
     colours = np.zeros((num_frames, rows, columns, 3), dtype=np.float32)
@@ -59,18 +67,18 @@ def identity_colours(foreground: Foreground) -> NDArray[np.uint8]:
         top = (1 - right) * _CORNERS[0, 0] + right * _CORNERS[0, 1]
         bottom = (1 - right) * _CORNERS[1, 0] + right * _CORNERS[1, 1]
         colours[index] = (1 - down) * top + down * bottom
-    return _to_pixels(colours)
+    return to_pixels(colours)
 
 
 def overlay_tokens(frames: Frames, colours: NDArray[np.uint8], shown: Foreground) -> Frames:
-    """Paint the tokens of `shown` with their colours over one frame per latent frame."""
+    """Return frames, one for each latent frame, with the tokens of `shown` in their `colours`."""
     _, rows, columns = shown.shape
     down, right = frames.shape[1] // rows, frames.shape[2] // columns
     paint = colours.repeat(down, axis=1).repeat(right, axis=2).astype(np.float32)
     where = shown.repeat(down, axis=1).repeat(right, axis=2)[..., None]
     grey = frames.mean(axis=-1, keepdims=True)
     painted = np.where(where, 0.25 * grey + 0.75 * paint, 0.35 * frames + 0.45 * grey + 40)
-    return _to_pixels(painted)
+    return to_pixels(painted)
 
 
 def match_rows(
@@ -83,7 +91,7 @@ def match_rows(
     temporal_ratio: int,
     caption: str,
 ) -> list[SheetRow]:
-    """Show which identity token every matched frame token took, as two rows of tiles.
+    """Return two rows of tiles that show which identity token every matched frame token took.
 
     `match_index` holds, for every frame token in raster order, the identity token (raster
     order too); `matched` is True for the tokens whose match was used. Both rows show the first
@@ -92,7 +100,7 @@ def match_rows(
     shape = identity_foreground.shape
     first = [0, *range(1, identity_frames.shape[0], temporal_ratio)][: shape[0]]
     _, height, width, _ = identity_frames.shape
-    factor = enlargement(height, width, _TILE_HEIGHT)
+    factor = enlargement(height, width, TILE_HEIGHT)
     colours = identity_colours(identity_foreground)
     taken = colours.reshape(-1, 3)[match_index].reshape(*shape, 3)
     identity = overlay_tokens(enlarge(identity_frames[first], factor), colours, identity_foreground)
@@ -105,7 +113,7 @@ def match_rows(
 
 
 def _border(foreground: Foreground, width: int) -> Foreground:
-    """Foreground pixels within `width` of the background, in each frame."""
+    """Return the foreground pixels within `width` of the background, in each frame."""
     inner = foreground.copy()
     for _ in range(width):
         padded = np.pad(inner, ((0, 0), (1, 1), (1, 1)), mode="edge")
@@ -120,7 +128,7 @@ def _border(foreground: Foreground, width: int) -> Foreground:
 
 
 def _place_within(occupied: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Position of every index in the occupied range, clipped to 0..1."""
+    """Return the position of every index in the occupied range, clipped to 0..1."""
     used = np.flatnonzero(occupied)
     if not used.size:
         return np.zeros(occupied.size, dtype=np.float32)

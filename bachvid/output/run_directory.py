@@ -1,4 +1,4 @@
-"""The run directory: what is done, what is written, and nothing lost when the power goes.
+"""The run directory, safe against crashes: what is finished, and which files belong to it.
 
     RUN/.lock                       held by the one renderer that may write here
     RUN/journal.jsonl               first line: story and config; then one line per video
@@ -29,7 +29,7 @@ from types import TracebackType
 
 from pydantic import JsonValue
 
-from bachvid.atomic import _sync_folder, content_sha256, write_atomically
+from bachvid.atomic import content_sha256, sync_folder, write_atomically
 from bachvid.errors import ConfigError, WorkerError
 from bachvid.output.journal import (
     JOURNAL,
@@ -40,7 +40,7 @@ from bachvid.output.journal import (
     contents_of,
     read_lines,
 )
-from bachvid.planning.resolve import INDECISIVE
+from bachvid.planning.config import INDECISIVE
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -90,7 +90,7 @@ class RunDirectory:
             self._size = size
             if not lines:
                 self._append({"event": "run", **asdict(header)})
-                _sync_folder(path)
+                sync_folder(path)
         except BaseException:
             os.close(self._lock)
             raise
@@ -107,7 +107,7 @@ class RunDirectory:
         self.close()
 
     def close(self) -> None:
-        """Let the next renderer in."""
+        """Release the lock: the next renderer may come."""
         if not self._journal.closed:
             self._journal.close()
             os.close(self._lock)
@@ -130,12 +130,8 @@ class RunDirectory:
         """Return the journal's line of a video, whether or not its files are still whole."""
         return self._records.get((scene, video))
 
-    def is_done(self, scene: str, video: str, wanted: Sequence[Path]) -> bool:
-        """Whether a video is journaled and all `wanted` files have the bytes it says."""
-        return not self.missing(scene, video, wanted)
-
     def missing(self, scene: str, video: str, wanted: Sequence[Path]) -> list[Path]:
-        """List the `wanted` files that the journal does not vouch for."""
+        """Return the `wanted` files that are not there with the bytes that the journal says."""
         record = self.record(scene, video)
         known = record.files if record else {}
         return [path for path in wanted if not self._is_whole(path, known)]

@@ -1,4 +1,8 @@
-"""Contact sheets: captioned rows of tiles, as PNG."""
+"""Sheets: PNG files with a heading and captioned rows of tiles.
+
+Tiles are frames, uint8, (frames, height, width, 3), all of a sheet of one height. Knows no model,
+no story and no run directory.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bachvid.engine.arrays import Frames
+from bachvid.engine.results import Frames
 from bachvid.output.pixels import enlarge
 
 _PAPER = (250, 249, 246)
@@ -18,7 +22,7 @@ _FADED = (116, 116, 122)
 _MARGIN = 16
 _GAP = 6
 _CAPTION_WIDTH = 190
-_TILE_HEIGHT = 144
+TILE_HEIGHT = 144  # pixels, about: small videos are enlarged to it, large ones shrunk
 _MAX_COLUMNS = 7
 
 
@@ -64,18 +68,18 @@ def write_sheet(path: Path, *, title: str, subtitle: str, rows: Sequence[SheetRo
 
 
 def sheet_tiles(tiles: Frames) -> Frames:
-    """Return what a sheet shows of a clip; of its own result it returns all."""
+    """Return the tiles that a sheet shows of a clip: at most seven, scaled. Idempotent."""
     if len(tiles) > _MAX_COLUMNS:
         tiles = tiles[np.linspace(0, len(tiles) - 1, _MAX_COLUMNS).round().astype(int)]
     height = tiles.shape[1]
-    if height >= 2 * _TILE_HEIGHT:  # large videos: tiles as small as those of a small model
-        shrink = height // _TILE_HEIGHT
+    if height >= 2 * TILE_HEIGHT:  # large videos: tiles as small as those of a small model
+        shrink = height // TILE_HEIGHT
         size = (tiles.shape[2] // shrink, height // shrink)
         small = [
             np.asarray(Image.fromarray(tile).resize(size, Image.Resampling.BOX)) for tile in tiles
         ]
         return np.stack(small)
-    return enlarge(tiles, max(1, round(_TILE_HEIGHT / height)))
+    return enlarge(tiles, max(1, round(TILE_HEIGHT / height)))
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

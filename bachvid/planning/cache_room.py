@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import Any
 
 from bachvid.errors import ConfigError
 from bachvid.inputs.choices import Policy
-from bachvid.inputs.config import RenderConfig
-from bachvid.inputs.runs import read_steps
-
-if TYPE_CHECKING:
-    from bachvid.planning.nodes import NodeFacts
-
+from bachvid.inputs.sections import CacheConfig
+from bachvid.methods.base import Method
+from bachvid.methods.reading import ReadingOrder, can_stream
+from bachvid.planning.nodes import NodeFacts
 from bachvid.units import format_bytes, pluralize
 
 STORE_SHARE = 0.8  # of the object store; when it is fuller than that Ray spills to disk
@@ -28,36 +26,31 @@ class CacheRoom:
     """How the identity caches of a story fit into the stores of the nodes with workers.
 
     `frames` are the frame videos of every scene; `cache_bytes` are the keys and values of one
-    scene, of `num_steps` steps. Where workers are split, one renders all identity videos, and
-    nothing else.
+    scene. Where workers are split, one renders all identity videos, and nothing else.
     """
 
     def __init__(
         self,
-        config: RenderConfig,
+        config: CacheConfig,
+        method: Method[Any],
         placed: Sequence[tuple[NodeFacts, int]],
         frames: Sequence[int],
         cache_bytes: int,
-        num_steps: int,
         *,
         is_split: bool,
     ) -> None:
-        self._config, self._placed, self._is_split = config.cache, placed, is_split
+        self._config, self._placed, self._is_split = config, placed, is_split
         self._frames, self._cache_bytes = frames, cache_bytes
         self._num_workers = sum(workers for _, workers in placed)
+        num_steps = len(method.records.steps)
         self._step_bytes = cache_bytes // max(num_steps, 1)
-        self._window = min(config.cache.window, num_steps)
+        self._window = min(config.window, num_steps)
+        self._can_stream = can_stream(method)
         self._smallest = min((node for node, _ in placed), key=lambda node: node.store_bytes)
-        method, steps = config.method, config.sampling.num_steps
-        assert method.mask_step is not None
-        assert steps is not None
-        runs = [(method.mask_step + 1, reads) for reads in read_steps(method)[:-1]]
-        runs.append((steps, read_steps(method)[-1]))
-        self._frame_steps = sum(length for length, _ in runs)
-        # In a wave the identity video is rendered to its mask step, and then once for every run
-        # that reads it, so that each finds the steps in its own order.
-        published = sum(length for length, reads in runs if reads)
-        self._wave_steps = max(self._frame_steps, method.mask_step + 1 + published)
+        self._frame_steps = sum(len(run.steps) for run in method.runs("frame"))
+        # In a wave the identity video is run again for its readers.
+        identity_runs = ReadingOrder(method, is_window=True).identity_runs
+        self._wave_steps = max(self._frame_steps, sum(len(run.steps) for run in identity_runs))
         # A wave: the identity video, and as many frame videos as there are other workers.
         waves = sorted(1 + min(count, self._num_workers - 1) for count in frames)
         fitting = sum(total <= self._num_workers for total in accumulate(waves))
@@ -105,12 +98,16 @@ class CacheRoom:
         kept = f"{format_bytes(self._cache_bytes)} for a scene"
         if not self._cache_bytes:
             return "retain", "no keys and values are kept"
+        if not self._can_stream:
+            return "retain", (
+                f"the method reads steps in another order than they are recorded in; so all keys "
+                f"and values are kept, {kept}"
+            )
         if most + 1 > workers:
             return "retain", (
                 f"a scene has {pluralize(most, 'frame video')}, and of "
-                f"{pluralize(workers, 'worker')} only {workers - 1} can "
-                f"render them while one renders the identity video; so all "
-                f"keys and values are kept, {kept}"
+                f"{pluralize(workers, 'worker')} only {workers - 1} can render them "
+                f"while one renders the identity video; so all keys and values are kept, {kept}"
             )
         can_retain = self._retain_problem() is None
         if can_retain and self._window_problem() is not None:
@@ -143,6 +140,11 @@ class CacheRoom:
         return rounds
 
     def _window_problem(self) -> str | None:
+        if not self._can_stream:
+            return (
+                "cache.policy: is window: the method reads steps in another order than they are "
+                "recorded in; set cache.policy=retain"
+            )
         if self._num_workers < 2 and max(self._frames):
             return (
                 "cache.policy: is window: needs at least 2 workers, one for the identity video and "

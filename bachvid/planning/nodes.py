@@ -25,7 +25,7 @@ class ClusterFacts:
 
     @classmethod
     def from_ray(cls, nodes: Sequence[Mapping[str, object]]) -> ClusterFacts:
-        """Take them from what `ray.nodes()` returns."""
+        """Build from the output of `ray.nodes()`."""
         return cls(tuple(_node_from_ray(node) for node in nodes if node["Alive"]))
 
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from bachvid.catalog.facts import ModelFacts
 from bachvid.errors import ConfigError
 from bachvid.inputs.choices import Policy
-from bachvid.inputs.config import ClusterConfig, RenderConfig
+from bachvid.inputs.sections import ClusterConfig
 from bachvid.layout.gangs import Gang
 from bachvid.layout.tokens import TokenLayout
+from bachvid.methods.base import Method
 from bachvid.planning.cache_room import CacheRoom
+from bachvid.planning.config import ResolvedConfig
 from bachvid.planning.nodes import ClusterFacts, NodeFacts
 from bachvid.units import pluralize
 
@@ -26,7 +28,7 @@ _MOST_NODES_NAMED = 8
 
 @dataclass(frozen=True, slots=True)
 class NodePlan:
-    """What a render takes of one node. `cache_bytes` of keys and values are there at most."""
+    """What a render takes of one node. At most `cache_bytes` of pieces reside there."""
 
     id: str
     name: str
@@ -85,20 +87,19 @@ class ExecutionPlan:
 
 def plan_execution(
     cluster: ClusterFacts,
-    config: RenderConfig,
+    config: ResolvedConfig,
     *,
     facts: ModelFacts,
     layout: TokenLayout,
+    method: Method[Any],
     frames: Sequence[int],
     cache_bytes: int,
-    num_steps: int,
 ) -> ExecutionPlan:
     """Decide where workers run, and how long keys and values of the identity videos are kept.
 
     Args:
-        config: resolved.
         frames: frame videos of every scene.
-        cache_bytes: keys and values of one scene, of `num_steps` steps.
+        cache_bytes: keys and values of one scene.
 
     Raises:
         ConfigError: if the cluster has too little for what the config asks for.
@@ -111,7 +112,9 @@ def plan_execution(
     gpus = _gpus_per_worker(cluster, config)
     identity, frame = plan_gangs(config, facts)
     placed = _place_workers(cluster, config.cluster, gpus, identity, frame)
-    caches = CacheRoom(config, placed, frames, cache_bytes, num_steps, is_split=identity != frame)
+    caches = CacheRoom(
+        config.cache, method, placed, frames, cache_bytes, is_split=identity != frame
+    )
     policy, why = caches.choose()
     return ExecutionPlan(
         nodes=tuple(
@@ -131,7 +134,7 @@ def plan_execution(
     )
 
 
-def plan_gangs(config: RenderConfig, facts: ModelFacts) -> tuple[Gang, Gang]:
+def plan_gangs(config: ResolvedConfig, facts: ModelFacts) -> tuple[Gang, Gang]:
     """Return the gangs of identity and frame videos. Raises ConfigError for illegal sizes."""
     asked = config.parallel
     if asked.cfg == 2 and config.sampling.guidance_scale == 1:
@@ -163,7 +166,7 @@ def parallel_degrees(num_heads: int, video_tokens: int) -> tuple[ParallelDegree,
     return tuple(ParallelDegree(n, -video_tokens % n) for n in ranks)
 
 
-def _gpus_per_worker(cluster: ClusterFacts, config: RenderConfig) -> int:
+def _gpus_per_worker(cluster: ClusterFacts, config: ResolvedConfig) -> int:
     device, asked = config.model.device, config.cluster.gpus_per_worker
     if (device, asked) in (("cpu", 1), ("cuda", 0)):
         raise ConfigError(

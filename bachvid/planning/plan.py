@@ -1,28 +1,32 @@
 """What a render will do, before any weight loads: every error in a story or config shows here.
 
-Pure: no torch. The driver renders what the plan says, and `plan_text.py` prints it.
+Pure: no torch. The driver renders what the plan says, and `bachvid.planning.text` prints it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bachvid.catalog.facts import ModelFacts
 from bachvid.catalog.registry import load_facts
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.inputs.choices import DTYPE_BYTES
-from bachvid.inputs.config import MethodConfig, RenderConfig
-from bachvid.inputs.runs import read_steps, recorded_steps
+from bachvid.inputs.choices import DTYPE_BYTES, MaskWords
 from bachvid.inputs.story import IDENTITY_ID, Action, Scene, Story, video_seed
 from bachvid.inputs.words import Range
+from bachvid.layout.records import Records
 from bachvid.layout.tokens import TokenLayout
+from bachvid.methods.base import Method, Overlay, Run
+from bachvid.methods.reading import ReadingOrder
+from bachvid.planning.config import RenderConfig, ResolvedConfig
 from bachvid.planning.memory import PlannedMemory, plan_memory
 from bachvid.planning.nodes import ClusterFacts
 from bachvid.planning.placement import ExecutionPlan, plan_execution, plan_gangs
-from bachvid.planning.resolve import resolve_config
-from bachvid.prompts.compose import Prompt, PromptPart, compose_prompt
+from bachvid.planning.resolve import build_method, resolve_config
+from bachvid.prompts.compose import Prompt, Segment, compose_prompt
 from bachvid.prompts.tokenizer import PromptTokenizer, TokenizedPrompt
-from bachvid.prompts.vocabulary import check_negative, clean_story, mask_words, respell_story
+from bachvid.prompts.vocabulary import check_negative, clean_story, respell_story, words_of_masks
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,44 +59,46 @@ class ScenePlan:
 
 @dataclass(frozen=True, slots=True)
 class RenderPlan:
-    """Everything decided about a render. `config` is resolved: it has no None that a worker reads.
+    """Everything decided about a render.
 
-    `cache_bytes` are the keys and values of one scene. `execution` is None for a render in this
-    process, which renders scenes one after another.
+    `identity_runs` are the runs of every identity video: with a window it is run again for its
+    readers. `cache_bytes` are the pieces that one scene records. `execution` is None for a render
+    in this process, which renders scenes one after another.
     """
 
     story: Story
-    config: RenderConfig
+    config: ResolvedConfig
     facts: ModelFacts
     layout: TokenLayout
     scenes: tuple[ScenePlan, ...]
+    reading: ReadingOrder
+    frame_runs: tuple[Run, ...]
     cache_bytes: int
     memory: PlannedMemory
+    method_lines: Mapping[str, str]
+    shows: frozenset[Overlay]
     notes: tuple[str, ...]
     execution: ExecutionPlan | None = None
 
     @property
     def window(self) -> int | None:
-        """Steps of one scene's keys and values that are kept at once; None: all of them."""
-        is_window = self.execution is not None and self.execution.policy == "window"
-        return self.config.cache.window if is_window else None
+        """Parts of a scene's pieces that are kept at once; None: all of them."""
+        return self.config.cache.window if self.reading.is_window else None
 
-    @property
-    def frame_steps(self) -> int:
-        """Steps of one frame video, those of its pre-passes too."""
-        method, steps = self.config.method, self.config.sampling.num_steps
-        assert steps is not None
-        assert method.mask_step is not None
-        return steps + (len(read_steps(method)) - 1) * (method.mask_step + 1)
+    def runs(self, video: str) -> tuple[Run, ...]:
+        """Return the runs of a video, by its id."""
+        return self.reading.identity_runs if video == IDENTITY_ID else self.frame_runs
+
+    def num_steps(self, video: str) -> int:
+        """Count the steps of a video, over all its runs."""
+        return sum(len(run.steps) for run in self.runs(video))
 
     @property
     def num_forwards(self) -> int:
         """Passes through the transformer for the whole story; one step may take two."""
-        steps, scale = self.config.sampling.num_steps, self.config.sampling.guidance_scale
-        assert steps is not None
-        assert scale is not None
-        passes = len(self.facts.passes) if scale > 1 else 1
-        return passes * sum(steps + len(scene.frames) * self.frame_steps for scene in self.scenes)
+        passes = len(self.facts.passes) if self.config.sampling.guidance_scale > 1 else 1
+        steps = sum(self.num_steps(video.id) for scene in self.scenes for video in scene.videos)
+        return passes * steps
 
     @property
     def seconds(self) -> float | None:
@@ -122,23 +128,18 @@ def render_plan(
     """
     facts = load_facts(config.model)
     resolved = resolve_config(config, facts)
+    method = build_method(resolved)
     layout = facts.layout(resolved.video)
     identity, frame = plan_gangs(resolved, facts)
-    notes = [*_model_notes(facts, resolved.method), *_noun_notes(story, resolved.method)]
+    notes = [*method.notes(facts), *_noun_notes(story, method)]
     if facts.cleans_text:
         story = clean_story(story)
     if facts.vocabulary:
         story = respell_story(story, facts.vocabulary, source=source)
         check_negative(resolved.sampling.negative_prompt, facts.vocabulary)
-    tokenizer: PromptTokenizer | None = None
-    try:
-        tokenizer = PromptTokenizer.load(facts, revision=resolved.model.revision, download=download)
-    except ModelSupportError as error:
-        if facts.folder or download:  # without it nothing will render
-            raise
-        notes.append(f"{error}; tokens are counted, and their limit checked, when rendering starts")
-    scenes = _plan_scenes(story, resolved, tokenizer, source=source)
-    cache_bytes = identity_cache_bytes(resolved, facts)
+    tokenizer = _load_tokenizer(facts, resolved, notes, download=download)
+    scenes = _plan_scenes(story, resolved, method.mask_words, tokenizer, source=source)
+    cache_bytes = records_bytes(method.records, resolved, facts)
     execution = None
     if cluster is not None:
         execution = plan_execution(
@@ -146,40 +147,56 @@ def render_plan(
             resolved,
             facts=facts,
             layout=layout,
+            method=method,
             frames=[len(scene.frames) for scene in scenes],
             cache_bytes=cache_bytes,
-            num_steps=len(recorded_steps(resolved.method)),
         )
+    is_window = execution is not None and execution.policy == "window"
     return RenderPlan(
         story=story,
         config=resolved,
         facts=facts,
         layout=layout,
         scenes=scenes,
+        reading=ReadingOrder(method, is_window=is_window),
+        frame_runs=method.runs("frame"),
         cache_bytes=cache_bytes,
-        memory=plan_memory(resolved, facts, identity=identity, frame=frame),
+        memory=plan_memory(resolved, facts, method, identity=identity, frame=frame),
+        method_lines=method.lines,
+        shows=method.shows,
         notes=tuple(notes),
         execution=execution,
     )
 
 
-def identity_cache_bytes(resolved: RenderConfig, facts: ModelFacts) -> int:
-    """Return the bytes of the keys and values that one identity video leaves to its scene."""
-    method, dtype = resolved.method, resolved.model.dtype
-    assert dtype is not None
-    assert method.vital_layers is not None
-    branches = 2 if method.branches == "both" else 1
-    sites = len(recorded_steps(method)) * len(method.vital_layers) * branches
-    shard = 2 * facts.layout(resolved.video).video_tokens * facts.num_heads * facts.head_dim
-    return sites * shard * DTYPE_BYTES[dtype]
+def _load_tokenizer(
+    facts: ModelFacts, config: ResolvedConfig, notes: list[str], *, download: bool
+) -> PromptTokenizer | None:
+    """Return the model's tokenizer; None, and a note, if it can be had when rendering starts."""
+    try:
+        return PromptTokenizer.load(facts, revision=config.model.revision, download=download)
+    except ModelSupportError as error:
+        if facts.folder or download:  # without it nothing will render
+            raise
+        notes.append(f"{error}; tokens are counted, and their limit checked, when rendering starts")
+        return None
+
+
+def records_bytes(records: Records, config: ResolvedConfig, facts: ModelFacts) -> int:
+    """Return the bytes of what one identity video records, over all video rows."""
+    piece = facts.layout(config.video).video_tokens * facts.num_heads * facts.head_dim
+    return records.num_pieces * piece * DTYPE_BYTES[config.model.dtype]
 
 
 def _plan_scenes(
-    story: Story, resolved: RenderConfig, tokenizer: PromptTokenizer | None, *, source: str
+    story: Story,
+    config: ResolvedConfig,
+    mask_words: MaskWords,
+    tokenizer: PromptTokenizer | None,
+    *,
+    source: str,
 ) -> tuple[ScenePlan, ...]:
     problems: list[str] = []
-    noise = resolved.sampling.noise
-    assert noise
 
     def tokenize(prompt: Prompt, path: str) -> TokenizedPrompt | None:
         try:
@@ -192,7 +209,7 @@ def _plan_scenes(
         scene: Scene,
         action: Action | None,
         path: str,
-        words: dict[PromptPart, tuple[Range, ...]],
+        words: dict[Segment, tuple[Range, ...]],
     ) -> VideoPlan:
         text = action.text if action else scene.identity
         prompt = compose_prompt(scene.background, scene.character, text, words=words)
@@ -201,15 +218,15 @@ def _plan_scenes(
             action=action,
             prompt=prompt,
             tokens=tokenize(prompt, path),
-            seed=video_seed(story, scene, action, noise),
+            seed=video_seed(story, scene, action, config.sampling.noise),
         )
 
     scenes = []
     for number, scene in enumerate(story.scenes):
         where = f"{source}: scenes[{number}]"
-        words: dict[PromptPart, tuple[Range, ...]] = {}
+        words: dict[Segment, tuple[Range, ...]] = {}
         try:
-            words = mask_words(scene, resolved.method)
+            words = words_of_masks(scene, mask_words)
         except ConfigError as error:
             problems += [f"{where}.{line}" for line in str(error).splitlines()]
         identity = plan_video(scene, None, f"{where}.identity", words)
@@ -218,26 +235,17 @@ def _plan_scenes(
             for index, action in enumerate(scene.actions)
         ]
         scenes.append(ScenePlan(scene, identity, tuple(frames)))
-    tokenize(Prompt(resolved.sampling.negative_prompt), "sampling.negative_prompt")
+    tokenize(Prompt(config.sampling.negative_prompt), "sampling.negative_prompt")
     if problems:
         raise ConfigError("\n".join(problems))
     return tuple(scenes)
 
 
-def _noun_notes(story: Story, method: MethodConfig) -> list[str]:
+def _noun_notes(story: Story, method: Method[Any]) -> list[str]:
     given = any(scene.nouns.background or scene.nouns.character for scene in story.scenes)
-    if method.name == "none" or not given or method.mask_words == "nouns":
+    if not given or "mask" not in method.shows or method.mask_words == "nouns":
         return []
     return [
-        "the story's nouns are not used: method.mask_words is all, so masks come of whole parts"
+        "the story's nouns are not used: method.mask_words is all, so masks use every word of "
+        "each segment"
     ]
-
-
-def _model_notes(facts: ModelFacts, method: MethodConfig) -> list[str]:
-    notes = []
-    if method.name == "bachvid" and not facts.has_rope:
-        notes.append(
-            f"{facts.name} has no rotary positions: keys of the identity character keep the place "
-            f"where they were recorded, so a character that moves is held less well"
-        )
-    return notes

@@ -8,13 +8,11 @@ from dataclasses import asdict
 from pydantic import JsonValue
 
 from bachvid.inputs.choices import Offload
-from bachvid.inputs.config import MethodConfig
 from bachvid.layout.gangs import Gang
 from bachvid.planning.memory import PlannedMemory, RankMemory
 from bachvid.planning.placement import ExecutionPlan
 from bachvid.planning.plan import RenderPlan, ScenePlan, VideoPlan
-from bachvid.planning.resolve import config_hash
-from bachvid.prompts.compose import PromptPart
+from bachvid.prompts.compose import Segment
 from bachvid.units import format_bytes, pluralize
 
 OFFLOADS: tuple[Offload, ...] = ("none", "model")
@@ -23,7 +21,7 @@ OFFLOADS: tuple[Offload, ...] = ("none", "model")
 def plan_text(plan: RenderPlan) -> str:
     """Return the plan as `bachvid plan` prints it."""
     config, layout = plan.config, plan.layout
-    method, sampling, video = config.method, config.sampling, config.video
+    sampling, video = config.sampling, config.video
     grid = " x ".join(map(str, layout.grid))
     num_scenes, num_videos = len(plan.scenes), sum(len(scene.videos) for scene in plan.scenes)
     scenes = "1 scene" if num_scenes == 1 else f"{num_scenes} scenes"
@@ -41,12 +39,12 @@ def plan_text(plan: RenderPlan) -> str:
         f"{config.output.fps} fps: {grid} = {layout.video_tokens} tokens",
         f"sampling  {sampling.num_steps} steps of {sampling.scheduler}, guidance "
         f"{sampling.guidance_scale:g}, noise {sampling.noise}",
-        *_method_lines(method),
+        *(f"{label:<10}{text}" for label, text in plan.method_lines.items()),
         *_memory_lines(plan.memory, config.model.offload),
         f"cache     {format_bytes(plan.cache_bytes)} of keys and values for one scene",
         *(_execution_lines(plan.execution) if plan.execution else []),
         f"time      {_time_text(plan)}, {plan.num_forwards} passes through the transformer",
-        f"config    {config_hash(config)[:12]}",
+        f"config    {config.sha256[:12]}",
         *(f"note      {note}" for note in plan.notes),
     ]
     return "\n".join(lines)
@@ -59,7 +57,9 @@ def plan_json(plan: RenderPlan) -> dict[str, JsonValue]:
         "scenes": [
             {
                 "id": scene.scene.id,
-                "mask_words": {part: list(words) for part, words in _mask_words(scene).items()},
+                "mask_words": {
+                    segment: list(words) for segment, words in _mask_words(scene).items()
+                },
                 "videos": [_video_json(video) for video in scene.videos],
             }
             for scene in plan.scenes
@@ -71,7 +71,7 @@ def plan_json(plan: RenderPlan) -> dict[str, JsonValue]:
             "video_tokens": plan.layout.video_tokens,
         },
         "config": plan.config.model_dump(mode="json"),
-        "config_hash": config_hash(plan.config),
+        "config_hash": plan.config.sha256,
         "cache_bytes": plan.cache_bytes,
         "memory": {
             "identity": _memory_json(plan.memory.identity),
@@ -82,28 +82,6 @@ def plan_json(plan: RenderPlan) -> dict[str, JsonValue]:
         "execution": asdict(plan.execution) if plan.execution else None,
         "notes": list(plan.notes),
     }
-
-
-def _method_lines(method: MethodConfig) -> list[str]:
-    if method.name == "none":
-        return ["method    none: every video on its own"]
-    assert method.vital_layers is not None
-    assert method.inject_steps is not None
-    first, last = method.inject_steps
-    return [
-        f"method    {method.name}, profile {method.profile}: {method.branches} branches, steps "
-        f"{first} to {last - 1}, mask at step {method.mask_step}",
-        f"pre-pass  {_pre_pass_text(method)}",
-        f"layers    {', '.join(map(str, method.vital_layers))}",
-    ]
-
-
-def _pre_pass_text(method: MethodConfig) -> str:
-    assert method.pre_passes is not None
-    first = "injects the background" if method.pre_pass_injection == "background" else "plain"
-    return (
-        first if method.pre_passes == 1 else f"{first}, then {method.pre_passes - 1} with injection"
-    )
 
 
 def _memory_lines(memory: PlannedMemory, offload: Offload) -> list[str]:
@@ -122,7 +100,7 @@ def _memory_lines(memory: PlannedMemory, offload: Offload) -> list[str]:
     }
     if most:
         lines.append(
-            f"offload   {offload}; model.offload=model holds only the part that works on the GPU: "
+            f"offload   {offload}; model.offload=model holds only the component in use on the GPU: "
             f"at most {format_bytes(most['model'])}, and {format_bytes(most['none'])} without it"
         )
     return lines
@@ -194,17 +172,19 @@ def _gang_text(gang: Gang) -> str:
     return pluralize(gang.size, "rank") + halves
 
 
-def _mask_words(scene: ScenePlan) -> dict[PromptPart, tuple[str, ...]]:
-    """Return the words whose attention makes the masks; none: those of the whole part."""
-    parts: tuple[PromptPart, ...] = ("character", "background")
-    return {part: scene.identity.prompt.words(part) for part in parts}
+def _mask_words(scene: ScenePlan) -> dict[Segment, tuple[str, ...]]:
+    """Return the words whose attention makes the masks; none: those of the whole segment."""
+    segments: tuple[Segment, ...] = ("character", "background")
+    return {segment: scene.identity.prompt.words(segment) for segment in segments}
 
 
 def _video_facts(video: VideoPlan, plan: RenderPlan) -> str:
     seed = f"seed {video.seed}"
     if video.tokens is None:
         return f"{seed}, tokens not counted"
-    spans = ", ".join(f"{part} {_rows_text(rows)}" for part, rows in video.tokens.rows.items())
+    spans = ", ".join(
+        f"{segment} {_rows_text(rows)}" for segment, rows in video.tokens.rows.items()
+    )
     return f"{seed}, {video.tokens.num_tokens} of {plan.facts.text_tokens} tokens: {spans}"
 
 
@@ -225,11 +205,11 @@ def _time_text(plan: RenderPlan) -> str:
 
 def _video_json(video: VideoPlan) -> dict[str, JsonValue]:
     tokens = video.tokens
-    spans: Mapping[PromptPart, tuple[int, ...]] = tokens.rows if tokens else {}
+    spans: Mapping[Segment, tuple[int, ...]] = tokens.rows if tokens else {}
     return {
         "id": video.id,
         "prompt": video.prompt.text,
         "seed": video.seed,
         "tokens": tokens.num_tokens if tokens else None,
-        "spans": {part: list(rows) for part, rows in spans.items()},
+        "spans": {segment: list(rows) for segment, rows in spans.items()},
     }

@@ -1,1 +1,1 @@
-"""The text that a model reads, and which tokens are whose."""
+"""The text that a model reads, and which tokens are whose. No torch."""

@@ -1,4 +1,4 @@
-"""Prompts from their parts, and which token rows each part takes. No torch.
+"""Prompts from their segments, and which token rows each segment takes. No torch.
 
 Tokens are counted exactly as the stock pipeline makes them: the whole prompt at once, special
 tokens added, padded to the model's text length.
@@ -15,20 +15,20 @@ from bachvid.errors import ConfigError
 from bachvid.inputs.strict_yaml import did_you_mean, quote
 from bachvid.inputs.words import Range, content_words, find_words
 
-PromptPart = Literal["background", "character", "action"]
-PARTS: tuple[PromptPart, ...] = ("background", "character", "action")
+Segment = Literal["background", "character", "action"]
+SEGMENTS: tuple[Segment, ...] = ("background", "character", "action")
 
 _SEPARATOR = ", "
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSpan:
-    """The characters [start, stop) that a part takes in the prompt.
+    """The characters [start, stop) that a segment takes in the prompt.
 
-    `words` are the ranges of them that stand for the part in masks; none: all of it.
+    `words` are the ranges of them that stand for the segment in masks; none: all of it.
     """
 
-    part: PromptPart
+    segment: Segment
     start: int
     stop: int
     words: tuple[Range, ...] = ()
@@ -36,17 +36,17 @@ class PromptSpan:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt and where its parts stand. Text outside every span belongs to no part."""
+    """A prompt and where its segments stand. Text outside every span belongs to no segment."""
 
     text: str
     spans: tuple[PromptSpan, ...] = ()
 
-    def words(self, part: PromptPart) -> tuple[str, ...]:
-        """Return the words that stand for a part in masks; none: all of it."""
+    def words(self, segment: Segment) -> tuple[str, ...]:
+        """Return the words that stand for a segment in masks; none: all of it."""
         return tuple(
             self.text[start:stop]
             for span in self.spans
-            if span.part == part
+            if span.segment == segment
             for start, stop in span.words
         )
 
@@ -56,19 +56,19 @@ def compose_prompt(
     character: str,
     action: str,
     *,
-    words: Mapping[PromptPart, Sequence[Range]] | None = None,
+    words: Mapping[Segment, Sequence[Range]] | None = None,
 ) -> Prompt:
-    """Join the parts as "background, character, action".
+    """Join the segments as "background, character, action".
 
-    `words`: of each part, the ranges that stand for it in masks, as `noun_ranges` gives them.
+    `words`: of each segment, the ranges that stand for it in masks, as `noun_ranges` gives them.
     Source: BachVid (arXiv 2510.21696v1), App. C.
     """
     text, spans = "", []
-    for part, phrase in zip(PARTS, (background, character, action), strict=True):
+    for segment, phrase in zip(SEGMENTS, (background, character, action), strict=True):
         text += _SEPARATOR if text else ""
         first = len(text)
-        ranges = tuple((first + i, first + j) for i, j in (words or {}).get(part, ()))
-        spans.append(PromptSpan(part, first, first + len(phrase), ranges))
+        ranges = tuple((first + i, first + j) for i, j in (words or {}).get(segment, ()))
+        spans.append(PromptSpan(segment, first, first + len(phrase), ranges))
         text += phrase
     return Prompt(text, tuple(spans))
 
@@ -83,15 +83,15 @@ def noun_ranges(phrase: str, nouns: Sequence[str] | None) -> tuple[Range, ...]:
     ranges = find_words(nouns, phrase) if nouns else content_words(phrase)
     if not ranges:
         raise ConfigError(
-            f"is {quote(phrase)}: none of its words names what is to be seen; use others, list "
+            f"is {quote(phrase)}: none of its words names something visible; reword it, list "
             f"them under the scene's nouns, or set method.mask_words=all"
         )
     return ranges
 
 
-def vocabulary_phrase(part: PromptPart, words: str, vocabulary: Vocabulary) -> str:
+def vocabulary_phrase(segment: Segment, words: str, vocabulary: Vocabulary) -> str:
     """Return `words` as the vocabulary spells them. Raises ConfigError if it does not have them."""
-    phrases: tuple[str, ...] = getattr(vocabulary, part)
+    phrases: tuple[str, ...] = getattr(vocabulary, segment)
     folded = " ".join(words.split()).lower()
     for phrase in phrases:
         if phrase.lower() == folded:

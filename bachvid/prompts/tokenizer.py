@@ -1,4 +1,4 @@
-"""Which token rows each part of a prompt takes. No torch.
+"""Which token rows each segment of a prompt takes. No torch.
 
 Tokens are counted exactly as the stock pipeline makes them: the whole prompt at once, special
 tokens added, padded to the model's text length.
@@ -18,18 +18,18 @@ from bachvid.catalog.facts import ModelFacts
 from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.inputs.strict_yaml import quote
 from bachvid.inputs.words import Range
-from bachvid.prompts.compose import Prompt, PromptPart
+from bachvid.prompts.compose import Prompt, Segment
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """Token ids, padded to the model's text length, and the rows that stand for each part.
+    """Token ids, padded to the model's text length, and the rows that stand for each segment.
 
     `num_tokens` counts what is not padding, the end token too.
     """
 
     ids: tuple[int, ...]
-    rows: Mapping[PromptPart, tuple[int, ...]]
+    rows: Mapping[Segment, tuple[int, ...]]
     num_tokens: int
 
 
@@ -39,7 +39,7 @@ class _Encoder(Protocol):
 
 
 class PromptTokenizer:
-    """The tokenizer of one model, with the rows of each part of a prompt."""
+    """The tokenizer of one model, with the rows of each segment of a prompt."""
 
     def __init__(self, encode: _Encoder, *, pad_id: int, text_tokens: int) -> None:
         self._encode = encode
@@ -65,11 +65,11 @@ class PromptTokenizer:
         return cls(encode, pad_id=pad_id, text_tokens=facts.text_tokens)
 
     def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        """Tokenize a prompt, and give each part the tokens of the words that stand for it.
+        """Tokenize a prompt, and give each segment the tokens of the words that stand for it.
 
-        A token belongs to the part that holds its last character that is not a space; one that
+        A token belongs to the segment that holds its last character that is not a space; one that
         straddles a border, or lies in a separator, belongs to none. Raises ConfigError if the
-        prompt is longer than the model reads, or if a part has no token.
+        prompt is longer than the model reads, or if a segment has no token.
         """
         ids, ranges, special = self._encode(prompt.text)
         excess = len(ids) - self._text_tokens
@@ -78,19 +78,19 @@ class PromptTokenizer:
                 f"the prompt has {len(ids)} tokens: the model reads {self._text_tokens}; "
                 f"shorten it by {excess}"
             )
-        rows: dict[PromptPart, tuple[int, ...]] = {}
+        rows: dict[Segment, tuple[int, ...]] = {}
         for span in prompt.spans:
             whole = (span.start, span.stop)
-            rows[span.part] = tuple(
+            rows[span.segment] = tuple(
                 row
                 for row, (token, is_special) in enumerate(zip(ranges, special, strict=True))
                 if not is_special
                 and any(_lies_in(prompt.text, token, words) for words in span.words or [whole])
             )
-            if not rows[span.part]:
+            if not rows[span.segment]:
                 words = prompt.text[span.start : span.stop]
                 raise ConfigError(
-                    f"the {span.part} {quote(words)} has no token of its own; use other words"
+                    f"the {span.segment} {quote(words)} has no token of its own; reword it"
                 )
         padding = (self._pad_id,) * -excess
         return TokenizedPrompt((*ids, *padding), rows, len(ids))

@@ -1,40 +1,44 @@
-"""A story in the words that a model takes, and those of them that make its masks. No torch."""
+"""Adapts a story's text to a model, and picks the words its masks use. No torch."""
 
 from __future__ import annotations
 
 from bachvid.catalog.facts import Vocabulary
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import MethodConfig
+from bachvid.inputs.choices import MaskWords
 from bachvid.inputs.story import Scene, Story
 from bachvid.inputs.words import Range, clean_text
-from bachvid.prompts.compose import PARTS, PromptPart, noun_ranges, vocabulary_phrase
+from bachvid.prompts.compose import SEGMENTS, Segment, noun_ranges, vocabulary_phrase
 
 
-def mask_words(scene: Scene, method: MethodConfig) -> dict[PromptPart, tuple[Range, ...]]:
-    """Return the words that stand for background and character in masks; {}: all of them.
+def words_of_masks(scene: Scene, choice: MaskWords) -> dict[Segment, tuple[Range, ...]]:
+    """Return the words that stand for each segment in masks; an empty dict means every word.
 
-    Ranges are within the part. Raises ConfigError, one line per part, if a part has no such word.
+    Ranges are within the segment. Raises ConfigError, one line for each segment without such a
+    word.
     """
-    if method.name == "none" or method.mask_words == "all":
+    if choice == "all":
         return {}
-    phrases: dict[PromptPart, tuple[str, tuple[str, ...] | None]] = {
+    phrases: dict[Segment, tuple[str, tuple[str, ...] | None]] = {
         "background": (scene.background, scene.nouns.background),
         "character": (scene.character, scene.nouns.character),
     }
-    found: dict[PromptPart, tuple[Range, ...]] = {}
+    found: dict[Segment, tuple[Range, ...]] = {}
     problems = []
-    for part, (phrase, nouns) in phrases.items():
+    for segment, (phrase, nouns) in phrases.items():
         try:
-            found[part] = noun_ranges(phrase, nouns)
+            found[segment] = noun_ranges(phrase, nouns)
         except ConfigError as error:
-            problems.append(f"{part}: {error}")
+            problems.append(f"{segment}: {error}")
     if problems:
         raise ConfigError("\n".join(problems))
     return found
 
 
 def clean_story(story: Story) -> Story:
-    """Return the story as the stock pipeline would clean it, part by part: so spans stay exact."""
+    """Return the story with each segment cleaned as the stock pipeline cleans a whole prompt.
+
+    By segment, so that spans stay exact.
+    """
 
     def clean_all(words: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return None if words is None else tuple(map(clean_text, words))
@@ -65,9 +69,9 @@ def respell_story(story: Story, vocabulary: Vocabulary, *, source: str) -> Story
     """Return the story in the vocabulary's spelling. Raises ConfigError for other words."""
     problems: list[str] = []
 
-    def phrase(part: PromptPart, words: str, path: str) -> str:
+    def phrase(segment: Segment, words: str, path: str) -> str:
         try:
-            return vocabulary_phrase(part, words, vocabulary)
+            return vocabulary_phrase(segment, words, vocabulary)
         except ConfigError as error:
             problems.append(f"{source}: {path}: {error}")
             return words
@@ -97,7 +101,7 @@ def respell_story(story: Story, vocabulary: Vocabulary, *, source: str) -> Story
 
 def check_negative(words: str, vocabulary: Vocabulary) -> None:
     """Raise ConfigError for a negative prompt that the vocabulary does not have."""
-    known = {phrase for part in PARTS for phrase in getattr(vocabulary, part)}
+    known = {phrase for segment in SEGMENTS for phrase in getattr(vocabulary, segment)}
     if words and words not in known:
         raise ConfigError(
             f"sampling.negative_prompt: is {words!r}: this model knows only the phrases of its "

@@ -1,1 +1,1 @@
-"""Workers on a Ray cluster: the only room that imports ray."""
+"""Rendering on a Ray cluster: the only room that imports ray."""

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from bachvid.inputs.config import RenderConfig
 from bachvid.layout.gangs import Gang
+from bachvid.planning.config import ResolvedConfig
 from bachvid.ray_backend.worker import Note, RayWorker
 from bachvid.scheduling.pool import Job
 from bachvid.scheduling.schedule import Kind
@@ -22,18 +23,25 @@ from bachvid.scheduling.schedule import Kind
 _remote: Any = ray.remote  # its types do not know concurrency groups
 _ACTOR = _remote(concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0)(RayWorker)
 
+_ANSWER_SECONDS = 10  # for a rank to say that it lives
+
 Resources = Mapping[str, float]
 
 
 @dataclass(slots=True)
 class Stream:
-    """A job on its worker. `arrived` are parts that not all ranks have published yet, by rank."""
+    """A job on its worker.
+
+    arrived: parts that not all ranks have published yet, by rank.
+    credit: how many parts it was allowed to publish.
+    is_over: it has said its last word, or was aborted: its ranks' streams only have to end.
+    """
 
     number: int
     job: Job
     arrived: dict[int, dict[int, ray.ObjectRef[Any]]] = field(default_factory=dict)
-    is_aborted: bool = False
     credit: int = 0
+    is_over: bool = False
 
 
 @dataclass(slots=True)
@@ -51,7 +59,7 @@ class Rank:
     actor: Any
     starting: ray.ObjectRef[Any] | None
     pid: int = 0
-    made_with: Mapping[str, str] | None = None
+    provenance: Mapping[str, str] | None = None
     items: Iterator[ray.ObjectRef[Any]] | None = None
     follows: Note | None = None
     published: ray.ObjectRef[Any] | None = None
@@ -83,7 +91,7 @@ class Place:
 class GangWorker:
     """The actors of one gang, started in a place."""
 
-    def __init__(self, number: int, config: RenderConfig, place: Place) -> None:
+    def __init__(self, number: int, config: ResolvedConfig, place: Place) -> None:
         self.id, self.place = number, place
         self.since = time.monotonic()
         self.node = ""
@@ -91,7 +99,7 @@ class GangWorker:
         self._meeting = f"bachvid-{uuid.uuid4().hex}"  # a file where the ranks meet
         self.ranks = [self._start(config, rank) for rank in range(place.gang.size)]
 
-    def _start(self, config: RenderConfig, rank: int) -> Rank:
+    def _start(self, config: ResolvedConfig, rank: int) -> Rank:
         place = self.place
         strategy = place.strategy
         if place.group is not None:
@@ -106,14 +114,19 @@ class GangWorker:
         return Rank(rank, actor, actor.place.remote())
 
     @property
+    def is_placed(self) -> bool:
+        """Whether all ranks have a process."""
+        return all(rank.pid for rank in self.ranks)
+
+    @property
     def is_starting(self) -> bool:
         """Whether a rank is being placed, or loads its model."""
         return any(rank.starting is not None for rank in self.ranks)
 
     @property
-    def made_with(self) -> Mapping[str, str] | None:
+    def provenance(self) -> Mapping[str, str] | None:
         """What its videos are made with; None before all ranks have loaded their model."""
-        return None if self.is_starting else self.ranks[0].made_with
+        return None if self.is_starting else self.ranks[0].provenance
 
     @property
     def is_gang(self) -> bool:
@@ -132,6 +145,23 @@ class GangWorker:
             rank.items, rank.follows = items[rank.index], None
             rank.published = rank.over = None
 
+    def send(self, **what: Any) -> None:
+        """Send something to all ranks of the job, as `RayWorker.send` takes it."""
+        assert self.stream is not None
+        for rank in self.ranks:
+            rank.actor.send.remote(self.stream.number, **what)
+
+    def is_alive(self) -> bool:
+        """Ping every rank of a gang with a job; a lone worker has just answered."""
+        assert self.stream is not None
+        asked = self.ranks if self.is_gang else []
+        answers = [rank.actor.send.remote(self.stream.number) for rank in asked]
+        try:
+            ray.get(answers, timeout=_ANSWER_SECONDS)
+        except RayError:
+            return False
+        return True
+
     def kill(self) -> None:
         """End all ranks at once."""
         for rank in self.ranks:
@@ -143,3 +173,9 @@ class GangWorker:
             return "starting"
         pids = ", ".join(str(rank.pid) for rank in self.ranks)
         return f"process{'es' * self.is_gang} {pids} on node {self.node[:8]}"
+
+
+def first_line(error: RayError) -> str:
+    """Return the first line of what went wrong in a worker, without Ray's frame around it."""
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {str(cause).strip() or 'no reason given'}".split("\n")[0]

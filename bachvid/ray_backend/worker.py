@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,19 +19,19 @@ import ray
 from ray.exceptions import RayError
 
 from bachvid.catalog.registry import load_facts
-from bachvid.engine.steps import PreviewFrames, RunStep
+from bachvid.engine.results import PreviewFrames, RunStep
 from bachvid.errors import CorruptShardError, LostShardError, WorkerError
-from bachvid.inputs.config import RenderConfig
 from bachvid.layout.gangs import Gang
+from bachvid.methods.reading import ReadingOrder
+from bachvid.planning.config import ResolvedConfig
 from bachvid.planning.plan import VideoPlan
 from bachvid.prompts.compose import Prompt
-from bachvid.scheduling.publication import part_key
 
 if TYPE_CHECKING:
     from bachvid.attention.groups import SequenceGroup
     from bachvid.engine.results import RenderedVideo
     from bachvid.engine.worker import ModelWorker
-    from bachvid.kv.cache import IdentityCache
+    from bachvid.kv.cache import IdentityManifest
     from bachvid.kv.packing import PackedStep
 
 Item = TypeVar("Item")
@@ -40,12 +40,12 @@ _EMBEDS = "embeds"
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One item of a job's stream: a small object with one thing in it. Rank 0 says all of it.
+    """One small message of a job's stream, which says one thing. Rank 0 says all of them.
 
     step: a denoising step is done.
     preview: what the video will become.
     part: the next item of the stream is no note, but this part of the publication.
-    has_cache: the next item of the stream is no note, but the identity cache, without a store.
+    has_cache: the next item of the stream is no note, but the identity's manifest.
     is_over: the job has ended well; of rank 0 with what is `rendered`, and the seconds that it
         `waited` for keys and values.
     error, lost: it has not; `lost` says that published keys and values were gone or damaged.
@@ -73,15 +73,15 @@ class _Feed:
         self._changed = threading.Condition()
         self._is_aborted = False
         self._credit = 0
-        self._cache: list[ray.ObjectRef[IdentityCache]] = []  # one, once it is there
-        self._parts: dict[tuple[int, int], Sequence[ray.ObjectRef[PackedStep]]] = {}
+        self._cache: list[ray.ObjectRef[IdentityManifest]] = []  # one, once it is there
+        self._parts: dict[int, Sequence[ray.ObjectRef[PackedStep]]] = {}
 
     def send(
         self,
         *,
         credit: int = 0,
-        cache: Sequence[ray.ObjectRef[IdentityCache]] = (),
-        parts: Mapping[tuple[int, int], Sequence[ray.ObjectRef[PackedStep]]] | None = None,
+        cache: Sequence[ray.ObjectRef[IdentityManifest]] = (),
+        parts: Mapping[int, Sequence[ray.ObjectRef[PackedStep]]] | None = None,
         abort: bool = False,
     ) -> None:
         with self._changed:
@@ -102,22 +102,22 @@ class _Feed:
         """Wait until `part` may be published."""
         self.wait(lambda: part < self._credit)
 
-    def wait_cache(self) -> IdentityCache:
-        """Wait for the identity cache, which has no store. Raises LostShardError."""
+    def wait_cache(self) -> IdentityManifest:
+        """Wait for the identity's manifest. Raises LostShardError."""
         self.wait(lambda: bool(self._cache))
-        (cache,) = _pulled(self._cache, "masks and features")
-        return cache
+        (manifest,) = _pulled(self._cache, "masks and features")
+        return manifest
 
-    def fetch(self, key: tuple[int, int]) -> Sequence[PackedStep]:
+    def fetch(self, part: int) -> Sequence[PackedStep]:
         """Wait for a part and pull to this node what this rank reads. Raises LostShardError."""
-        self.wait(lambda: key in self._parts)
-        return _pulled(self._parts[key], f"keys and values of step {key[1]}")
+        self.wait(lambda: part in self._parts)
+        return _pulled(self._parts[part], f"pieces of part {part}")
 
-    def drop(self, passed: tuple[int, int]) -> None:
-        """Let go of the parts up to `passed`, so that the store can free them."""
+    def drop(self, passed: int) -> None:
+        """Let go of the first `passed` parts, so that the store can free them."""
         with self._changed:
-            for key in [key for key in self._parts if key <= passed]:
-                del self._parts[key]
+            for part in [part for part in self._parts if part < passed]:
+                del self._parts[part]
 
 
 def _pulled(refs: Sequence[ray.ObjectRef[Item]], what: str) -> Sequence[Item]:
@@ -132,9 +132,9 @@ def _pulled(refs: Sequence[ray.ObjectRef[Item]], what: str) -> Sequence[Item]:
 
 
 class RayWorker:
-    """One process with one model, or its share of one; the pool calls its methods."""
+    """One process with one model, or its share of one. `RayPool` calls its methods."""
 
-    def __init__(self, config: RenderConfig, gang: Gang, rank: int) -> None:
+    def __init__(self, config: ResolvedConfig, gang: Gang, rank: int) -> None:
         self._config, self._gang, self._rank = config, gang, rank
         self._model: ModelWorker | None = None
         self._feeds: dict[int, _Feed] = {}
@@ -162,7 +162,7 @@ class RayWorker:
             path = Path(tempfile.gettempdir()) / meeting
             group = join_group(self._gang, self._rank, device=device, init_file=path)
         self._model = ModelWorker(self._config, load_facts(self._config.model), group)
-        return self._model.made_with
+        return self._model.provenance
 
     def encode(self, prompts: Sequence[Prompt]) -> Iterator[bytes]:
         """Yield the embeddings of each of `prompts`; then drop the text encoder.
@@ -177,7 +177,7 @@ class RayWorker:
 
     @ray.method(concurrency_group="control")
     def send(self, number: int, **what: Any) -> None:
-        """Return a job what `_Feed.send` takes; too late is no error."""
+        """Hand on to the feed of a job what `_Feed.send` takes; ignored if the job is over."""
         feed = self._feed(number)
         if feed is not None:
             feed.send(**what)
@@ -189,45 +189,42 @@ class RayWorker:
         video: VideoPlan,
         embeds: Mapping[str, ray.ObjectRef[bytes]],
         *,
-        records: Sequence[Sequence[int]],
+        is_window: bool,
         first: int,
-    ) -> Iterator[Note | PackedStep | IdentityCache]:
+    ) -> Iterator[Note | PackedStep | IdentityManifest]:
         """Render an identity video and publish what it records, from the part `first` on."""
-        from bachvid.engine.videos import IdentityVideoActor
-        from bachvid.kv.cache import IdentityCache, MemoryKVStore
+        from bachvid.engine.videos import VideoJob, render_video
 
-        worker, packer = self._worker, self._worker.new_packer()
+        worker, packer, is_lead = self._worker, self._worker.new_packer(), self._rank == 0
+        runs = ReadingOrder(worker.method, is_window=is_window).identity_runs
 
-        is_lead = self._rank == 0
-
-        def render(feed: _Feed) -> Iterator[Note | PackedStep | IdentityCache]:
-            run = IdentityVideoActor(worker).render(scene, video, packer, records=records)
+        def render(feed: _Feed) -> Iterator[Note | PackedStep | IdentityManifest]:
+            steps = render_video(worker, VideoJob("identity", scene, video, runs, sink=packer))
             part = 0
             while True:
                 try:
-                    item = next(run)
+                    said = next(steps)
                 except StopIteration as end:
                     yield Note(is_over=True, rendered=end.value)
                     return
                 feed.wait()
-                if isinstance(item, IdentityCache):
+                if isinstance(said, PreviewFrames):
+                    yield Note(preview=said)
+                elif not isinstance(said, RunStep):
                     if is_lead:
                         yield Note(has_cache=True)
-                        yield replace(item, store=MemoryKVStore())
-                    continue
-                if isinstance(item, PreviewFrames):
-                    yield Note(preview=item)
-                    continue
-                if is_lead:
-                    yield Note(step=item)
-                packed = packer.take(item.step)
-                if packed is None:
-                    continue
-                if part >= first:
-                    feed.wait_credit(part)
-                    yield Note(part=part)
-                    yield packed
-                part += 1
+                        yield said
+                else:
+                    if is_lead:
+                        yield Note(step=said)
+                    packed = packer.take(said.step)
+                    if packed is None:
+                        continue
+                    if part >= first:
+                        feed.wait_credit(part)
+                        yield Note(part=part)
+                        yield packed
+                    part += 1
 
         yield from self._job(number, embeds, render)
 
@@ -239,51 +236,50 @@ class RayWorker:
         embeds: Mapping[str, ray.ObjectRef[bytes]],
         *,
         is_window: bool,
-        cache_bytes: int,
     ) -> Iterator[Note]:
         """Render a frame video from the cache and the parts that it is sent."""
-        from bachvid.engine.videos import FrameVideoActor
-        from bachvid.kv.pulling import PulledKVStore
+        from bachvid.engine.videos import VideoJob, render_video
+        from bachvid.kv.cache import SceneCache
+        from bachvid.kv.pulling import PulledPieces
 
-        worker, reads = self._worker, self._worker.method.reads
-        is_lead = self._rank == 0
-        store: PulledKVStore | None = None
+        worker, is_lead = self._worker, self._rank == 0
+        reading = ReadingOrder(worker.method, is_window=is_window)
+        source: PulledPieces | None = None
 
         def render(feed: _Feed) -> Iterator[Note]:
-            def open_cache() -> IdentityCache:
-                nonlocal store
-                cache = feed.wait_cache()
-                store = store or PulledKVStore(
-                    lambda run, step: feed.fetch((run if is_window else 0, step)),
+            def open_scene() -> SceneCache:
+                nonlocal source
+                manifest = feed.wait_cache()
+                source = source or PulledPieces(
+                    lambda run, place: feed.fetch(reading.part(run, place)),
                     share=worker.share,
-                    layers=cache.layers,
-                    branches=cache.branches,
+                    records=manifest.records,
                     passes=worker.facts.passes,
-                    config_hash=cache.config_hash,
-                    nbytes=cache_bytes,
+                    config_hash=manifest.config_hash,
                 )
-                return replace(cache, store=store)
+                return SceneCache(manifest, source)
 
-            run = FrameVideoActor(worker).render(scene, video, open_cache)
+            runs = worker.method.runs("frame")
+            steps = render_video(
+                worker, VideoJob("frame", scene, video, runs, open_scene=open_scene)
+            )
             try:
                 while True:
-                    item = next(run)
+                    said = next(steps)
                     feed.wait()
-                    if isinstance(item, PreviewFrames):
-                        yield Note(preview=item)
-                        continue
-                    passed = part_key(reads, item)
-                    if is_window and passed:
-                        feed.drop(passed)
-                    if is_lead:
-                        yield Note(step=item)
+                    if isinstance(said, PreviewFrames):
+                        yield Note(preview=said)
+                    elif isinstance(said, RunStep):
+                        feed.drop(reading.passed(said.run, said.step))
+                        if is_lead:
+                            yield Note(step=said)
             except StopIteration as end:
-                waited = store.wait_seconds if store else 0.0
+                waited = source.wait_seconds if source else 0.0
                 yield Note(is_over=True, rendered=end.value, waited=waited)
             finally:
-                run.close()
-                if store is not None:
-                    store.close()
+                steps.close()
+                if source is not None:
+                    source.close()
 
         yield from self._job(number, embeds, render)
 

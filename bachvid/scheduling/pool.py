@@ -1,32 +1,24 @@
-"""What a driver needs of the processes that render, and the pool that is this process alone.
+"""What a driver needs of the processes that render: a pool, and the messages of its workers.
 
 A pool runs jobs, one at a time on each of its workers, and says what became of them. It decides
-nothing: what runs when is `bachvid.scheduling.schedule`, what is kept is the driver's. Imports no
-torch.
+nothing: what runs when is `bachvid.scheduling.schedule`, what is kept `bachvid.driver.rendering`.
+The pools are `bachvid.driver.local_pool` and, of Ray actors, `bachvid.ray_backend.pool`. No torch.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from bachvid.engine.steps import PreviewFrames, RunStep
+from bachvid.engine.results import RunStep
 from bachvid.inputs.story import IDENTITY_ID
 from bachvid.planning.plan import ScenePlan, VideoPlan
 from bachvid.prompts.compose import Prompt
 from bachvid.scheduling.schedule import Slot
 
 if TYPE_CHECKING:
-    from bachvid.engine.arrays import Frames
-    from bachvid.engine.results import RenderedVideo
-    from bachvid.kv.cache import IdentityCache
-
-    _Run = Generator[RunStep | IdentityCache | PreviewFrames, None, RenderedVideo | None]
-
-
-logger = logging.getLogger(__name__)
+    from bachvid.engine.results import Frames, RenderedVideo
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +60,12 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A job has ended well."""
+    """A job has ended well; it waited for pieces of its identity video for `waited` seconds."""
 
     job: Job
     rendered: RenderedVideo
-    made_with: Mapping[str, str]
+    provenance: Mapping[str, str]
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +77,8 @@ class Broken:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerLost:
-    """The worker of a job died, and the job with it."""
+class JobLost:
+    """A job is gone, with its worker or with what it had published; another attempt may succeed."""
 
     job: Job
     reason: str
@@ -102,14 +95,37 @@ class CacheLost:
     reason: str
 
 
-Message = Stepped | Previewed | Recorded | Finished | Broken | WorkerLost | CacheLost
+@dataclass(frozen=True, slots=True)
+class WorkerPlaced:
+    """A rank of a worker runs: as process `pid`, on `node`. Its model is loaded next."""
+
+    worker: int
+    rank: int
+    node: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A rank of a worker died, and all of it was started anew, with another number."""
+
+    worker: int
+    reason: str
+
+
+JobMessage = Stepped | Previewed | Recorded | Finished | Broken | JobLost | CacheLost
+WorkerMessage = WorkerPlaced | WorkerLost
+Message = JobMessage | WorkerMessage
 
 
 class Pool(Protocol):
     """Workers that render, each one job at a time."""
 
-    def encode(self, prompts: Sequence[Prompt]) -> None:
-        """Load the model and the embeddings of `prompts`. Raises as `load_model` does."""
+    def encode(self, prompts: Sequence[Prompt]) -> Sequence[Message]:
+        """Load the model and the embeddings of `prompts`; return what workers said meanwhile.
+
+        Raises as `load_model` does.
+        """
 
     @property
     def idle(self) -> Sequence[Slot]:
@@ -124,7 +140,7 @@ class Pool(Protocol):
         """Whether a worker is being started, or ends a job that is over: it will be idle soon."""
 
     def start(self, worker: int, job: Job) -> None:
-        """Return a job to an idle worker."""
+        """Give a job to an idle worker."""
 
     def wait(self) -> Sequence[Message]:
         """Wait for something to happen, but not for long; raises WorkerError if nothing can."""

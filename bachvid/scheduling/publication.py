@@ -1,77 +1,40 @@
-"""One scene's keys and values on their way: what was published, who reads it, what may be dropped.
+"""One scene's pieces on their way: what was published, who reads it, what may be dropped.
 
-Bookkeeping of the driver, over opaque references: no Ray, no torch. A *part* is the keys and
-values of one step, for one run of the frame videos that read it.
-
-retain: one part for each step, for every run; kept until the scene is over.
-window: parts in the order in which all frame videos of a wave read them; a part is dropped when
-every one of them has gone past it, and only `window` parts are ever alive.
+Bookkeeping of the driver, over opaque references: no Ray, no torch. What a part is, and which of
+them are made, says `bachvid.methods.reading`. Retained parts are kept until the scene is over; in
+a window a part is dropped when every reader has gone past it, and only so many are ever alive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Generic, TypeVar
 
-from bachvid.engine.steps import RunStep
+from bachvid.engine.results import RunStep
+from bachvid.methods.reading import ReadingOrder
 
 Ref = TypeVar("Ref")
 Reader = TypeVar("Reader", bound=Hashable)
 
 
-def part_key(reads: Sequence[Sequence[int]], step: RunStep) -> tuple[int, int] | None:
-    """Return what a run of a frame video reads at a step, as (how many runs read before, step).
-
-    None if the run reads nothing. These keys rise in the order of reading.
-    """
-    if not reads[step.run]:
-        return None
-    return sum(1 for steps in reads[: step.run] if steps), step.step
-
-
 class Publication(Generic[Reader, Ref]):
-    """The parts of one scene.
+    """The parts of one scene, numbered in the order in which they are published.
 
     Args:
-        reads: the steps that each run of a frame video reads, as `config.read_steps` gives them.
-        window: parts that may be alive at any time; None: retain.
+        reading: which parts there are.
+        window: parts that may be alive at any time; None: all are retained.
     """
 
-    def __init__(self, reads: Sequence[Sequence[int]], *, window: int | None) -> None:
-        self._reads, self._window = reads, window
-        self._keys = (
-            [(0, step) for step in sorted({step for steps in reads for step in steps})]
-            if window is None
-            else [(run, step) for run, steps in enumerate(filter(None, reads)) for step in steps]
-        )
+    def __init__(self, reading: ReadingOrder, *, window: int | None) -> None:
+        self._reading, self._window = reading, window
         self._refs: dict[int, Ref] = {}
         self._passed: dict[Reader, int] = {}
         self._dropped = 0
 
     @property
-    def records(self) -> list[list[int]]:
-        """The steps to record in each run of the identity video.
-
-        In a window it is run once to observe, and once more for each run that reads.
-        """
-        if self._window is None:
-            return [[step for _, step in self._keys]]
-        runs: list[list[int]] = [[]]
-        for run, step in self._keys:
-            if run + 1 == len(runs):
-                runs.append([])
-            runs[run + 1].append(step)
-        return runs
-
-    @property
-    def keys(self) -> Sequence[tuple[int, int]]:
-        """The parts in the order of publication, as `part_key` names them; retained: of run 0."""
-        return self._keys
-
-    @property
     def num_parts(self) -> int:
         """Parts of a whole publication."""
-        return len(self._keys)
+        return self._reading.num_parts
 
     @property
     def dropped(self) -> int:
@@ -116,10 +79,8 @@ class Publication(Generic[Reader, Ref]):
 
     def stepped(self, reader: Reader, step: RunStep) -> None:
         """Note that a reader has done a step of a run, so that it needs its part no more."""
-        passed = part_key(self._reads, step)
-        if passed is not None:
-            self._passed[reader] = sum(1 for key in self._keys if key <= passed)
-            self._drop()
+        self._passed[reader] = self._reading.passed(step.run, step.step)
+        self._drop()
 
     def _drop(self) -> None:
         if self._window is None:

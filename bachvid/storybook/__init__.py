@@ -1,1 +1,1 @@
-"""The embedded model: a procedural world, a small CogVideoX trained on it, and a judge."""
+"""The embedded models: a procedural world, a small model of each family, and a judge."""

@@ -1,16 +1,24 @@
+"""Attention under a control, against what diffusers computes and against dense masks in float64."""
+
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bachvid.attention.attend import attend, controlled_attention, controlled_cross_attention
 from bachvid.attention.context import RunContext
-from bachvid.attention.control import QKV, AttentionControl, AttentionSite, KVGroup
+from bachvid.attention.control import QKV, AttentionControl, KVGroup
 from bachvid.attention.rotary import Rotary
 from bachvid.errors import LayoutError
+from bachvid.layout.gangs import Branch
+from bachvid.layout.records import AttentionSite
 from bachvid.layout.tokens import TokenLayout
 
 LAYOUT = TokenLayout(text_tokens=5, latent_frames=2, grid_height=4, grid_width=3)
@@ -31,9 +39,11 @@ def random_qkv(seed: int, batch: int = 1, dtype: torch.dtype = torch.float32) ->
     return QKV(*(torch.randn(shape, generator=generator).to(dtype) for _ in range(3)))
 
 
-def random_group(seed: int, rows: list[int], positions: list[int]) -> KVGroup:
+def random_group(
+    seed: int, rows: Sequence[int], positions: Sequence[int], batch: int = 1
+) -> KVGroup:
     generator = torch.Generator().manual_seed(seed)
-    shape = (1, len(positions), HEADS, WIDTH)
+    shape = (batch, len(positions), HEADS, WIDTH)
     key, value = (torch.randn(shape, generator=generator) for _ in range(2))
     return KVGroup(
         torch.tensor(rows, dtype=torch.int64),
@@ -41,6 +51,48 @@ def random_group(seed: int, rows: list[int], positions: list[int]) -> KVGroup:
         value,
         torch.tensor(positions, dtype=torch.int64),
     )
+
+
+def random_groups(seed: int, count: int, batch: int) -> list[KVGroup]:
+    """Deal the joint rows, text too, to `count` groups and to none; some of them get no key."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int, number: int) -> list[int]:
+        drawn: list[int] = torch.randint(high, (number,), generator=generator).tolist()
+        return drawn
+
+    owners = draw(count + 1, LAYOUT.joint_tokens)
+    return [
+        random_group(
+            1000 * seed + i,
+            [row for row, owner in enumerate(owners) if owner == i],
+            draw(LAYOUT.video_tokens, draw(LAYOUT.joint_tokens, 1)[0] if (seed + i) % 5 else 0),
+            batch,
+        )
+        for i in range(count)
+    ]
+
+
+class Calls(TorchFunctionMode):
+    """Notes the functions of torch that are called within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Callable[..., Any]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        self.made.append(func)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def num_attentions(self) -> int:
+        return self.made.count(F.scaled_dot_product_attention)
 
 
 def stock_attention(qkv: QKV, rotary: Rotary) -> Tensor:
@@ -53,7 +105,7 @@ def stock_attention(qkv: QKV, rotary: Rotary) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
-def dense_attention(qkv: QKV, groups: list[KVGroup], rotary: Rotary) -> Tensor:
+def dense_attention(qkv: QKV, groups: Sequence[KVGroup], rotary: Rotary) -> Tensor:
     """Eq. (14) as written: every key in one sequence, a dense mask of who sees whom; float64."""
     keys = [rotary.rotate_joint(qkv.key_BSHD, LAYOUT)]
     keys += [rotary.rotate(group.key_BMHD, group.positions_M) for group in groups]
@@ -114,43 +166,59 @@ def test_attention_without_groups_equals_diffusers_bit_by_bit(
     torch.testing.assert_close(actual, stock_attention(qkv, rotary), rtol=0, atol=0)
 
 
+def assert_dense(actual: Tensor, qkv: QKV, groups: Sequence[KVGroup], rotary: Rotary) -> None:
+    expected = dense_attention(qkv, groups, rotary)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("rotary", [rotary_of(LAYOUT), Rotary.none()], ids=["rope", "none"])
-def test_attention_with_groups_equals_dense_masked_attention(rotary: Rotary) -> None:
-    text, total = LAYOUT.text_tokens, LAYOUT.joint_tokens
-    for seed in range(60):
-        generator = torch.Generator().manual_seed(seed)
-        kind_N = torch.randint(0, 3, (LAYOUT.video_tokens,), generator=generator)
-        kind_N[kind_N == seed % 4] = 0  # for most seeds one of the sets is empty
-        groups = []
-        for kind in (1, 2):
-            rows = (kind_N == kind).nonzero().flatten() + text
-            keys = int(torch.randint(0, total, (), generator=generator))
-            positions = torch.randint(0, LAYOUT.video_tokens, (keys,), generator=generator)
-            groups.append(random_group(seed + 1000 * kind, rows.tolist(), positions.tolist()))
-        qkv = random_qkv(seed)
-        actual = attend(qkv, groups, rotary, LAYOUT)
-        expected = dense_attention(qkv, groups, rotary)
-        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("count", range(22))
+def test_attention_with_any_number_of_groups_equals_dense_masked_attention(
+    count: int, rotary: Rotary
+) -> None:
+    for seed in range(6):
+        batch = 1 + seed % 2
+        qkv, groups = random_qkv(seed, batch), random_groups(seed, count, batch)
+        assert_dense(attend(qkv, groups, rotary, LAYOUT), qkv, groups, rotary)
 
 
 def test_every_row_may_be_in_a_group() -> None:
     rotary, qkv = rotary_of(LAYOUT), random_qkv(3)
     groups = [
-        random_group(1, list(range(10)), [0, 3]),
-        random_group(2, list(range(10, LAYOUT.joint_tokens)), [5]),
+        random_group(1, range(10), [0, 3, 3]),
+        random_group(2, range(11, LAYOUT.joint_tokens), [5]),
+        random_group(3, [10], range(LAYOUT.video_tokens)),
     ]
-    expected = dense_attention(qkv, groups, rotary)
-    actual = attend(qkv, groups, rotary, LAYOUT)
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    assert_dense(attend(qkv, groups, rotary, LAYOUT), qkv, groups, rotary)
 
 
-@pytest.mark.parametrize(("rows", "positions"), [([], [1, 2]), ([6, 7], [])])
-def test_a_group_without_rows_or_without_keys_changes_nothing(
+def test_one_row_may_see_one_key() -> None:
+    rotary, qkv = rotary_of(LAYOUT), random_qkv(3)
+    groups = [random_group(1, [8], [4])]
+    assert_dense(attend(qkv, groups, rotary, LAYOUT), qkv, groups, rotary)
+
+
+def test_a_short_group_does_not_see_the_keys_of_a_long_one() -> None:
+    rotary, qkv = rotary_of(LAYOUT), random_qkv(3)
+    short = random_group(1, [6, 7], [4])
+    longer = [random_group(i, [8 + i], range(20)) for i in range(2)]
+    out_BSHD = attend(qkv, [longer[0], short, longer[1]], rotary, LAYOUT)
+    alone_BSHD = attend(qkv, [short], rotary, LAYOUT)
+    torch.testing.assert_close(out_BSHD[:, 6:8], alone_BSHD[:, 6:8], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "positions"), [([], [1, 2]), ([6, 7], []), ([], [])])
+def test_groups_without_rows_or_without_keys_change_nothing(
     rows: list[int], positions: list[int]
 ) -> None:
     rotary, qkv = rotary_of(LAYOUT), random_qkv(4)
-    actual = attend(qkv, [random_group(5, rows, positions)], rotary, LAYOUT)
+    empty, used = random_group(5, rows, positions), random_group(6, [6, 9], [1, 2, 3])
+    with Calls() as calls:
+        actual = attend(qkv, [empty, empty], rotary, LAYOUT)
+    assert calls.num_attentions == 1
     torch.testing.assert_close(actual, attend(qkv, (), rotary, LAYOUT), rtol=0, atol=0)
+    actual = attend(qkv, [empty, used, empty], rotary, LAYOUT)
+    torch.testing.assert_close(actual, attend(qkv, [used], rotary, LAYOUT), rtol=0, atol=0)
 
 
 def test_rows_outside_every_group_are_untouched() -> None:
@@ -161,10 +229,22 @@ def test_rows_outside_every_group_are_untouched() -> None:
     assert rows_differ.nonzero().flatten().tolist() == [9, 11]
 
 
-def test_three_groups_and_a_wrong_length_are_refused() -> None:
-    groups = [random_group(i, [6 + i], [0]) for i in range(3)]
-    with pytest.raises(LayoutError, match="3 key groups at one site"):
+def test_what_is_attended_to_is_left_as_it_is() -> None:
+    qkv, groups = random_qkv(6), random_groups(2, 3, batch=1)
+    given = [*qkv, *(x for group in groups for x in (group.key_BMHD, group.value_BMHD))]
+    copies = [x.clone() for x in given]
+    attend(qkv, groups, Rotary.none(), LAYOUT)
+    assert all(torch.equal(x, copy) for x, copy in zip(given, copies, strict=True))
+
+
+@pytest.mark.parametrize("rows", [[[6, 7], [8, 7]], [[6, 6]], [range(20), range(20)]])
+def test_rows_in_two_groups_are_refused(rows: list[list[int]]) -> None:
+    groups = [random_group(i, part, [0]) for i, part in enumerate(rows)]
+    with pytest.raises(LayoutError, match=r"query rows, some of them more than once"):
         attend(random_qkv(0), groups, rotary_of(LAYOUT), LAYOUT)
+
+
+def test_a_sequence_of_another_length_is_refused() -> None:
     longer = TokenLayout(6, 2, 4, 3)
     with pytest.raises(LayoutError, match=r"29 tokens, but the layout .* has 30"):
         attend(random_qkv(0), (), rotary_of(LAYOUT), longer)
@@ -173,19 +253,25 @@ def test_three_groups_and_a_wrong_length_are_refused() -> None:
 class Spy(AttentionControl):
     """Notes what it is shown; optionally injects into one branch."""
 
-    def __init__(self, groups: dict[str, list[KVGroup]]) -> None:
+    def __init__(self, groups: Mapping[Branch, Sequence[KVGroup]]) -> None:
         self.groups = groups
         self.calls: list[tuple[str, AttentionSite]] = []
-        self.queries: dict[str, Tensor] = {}
+        self.queries: dict[Branch, Tensor] = {}
+        self.mixed: dict[Branch, Tensor] = {}
 
     def before(self, site: AttentionSite, qkv: QKV) -> QKV:
         self.calls.append(("before", site))
         self.queries[site.branch] = qkv.query_BSHD
         return qkv
 
-    def extra(self, site: AttentionSite, qkv: QKV) -> list[KVGroup]:
+    def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
         self.calls.append(("extra", site))
-        return self.groups.get(site.branch, [])
+        return self.groups.get(site.branch, ())
+
+    def mix(self, site: AttentionSite, out_BSHD: Tensor) -> Tensor:
+        self.calls.append(("mix", site))
+        self.mixed[site.branch] = out_BSHD
+        return out_BSHD
 
     def after(self, site: AttentionSite, out_BSC: Tensor) -> Tensor:
         self.calls.append(("after", site))
@@ -197,11 +283,26 @@ def test_a_control_sees_each_branch_with_its_own_site_and_rows() -> None:
     spy, qkv = Spy({}), random_qkv(8, batch=2)
     out_BSC = controlled_attention(run, spy, 7, qkv)
     uncond, cond = AttentionSite(4, 7, "uncond"), AttentionSite(4, 7, "cond")
-    assert spy.calls == [(name, s) for name in ("before", "extra", "after") for s in (uncond, cond)]
-    assert torch.equal(spy.queries["uncond"], qkv.query_BSHD[:1])
-    assert torch.equal(spy.queries["cond"], qkv.query_BSHD[1:])
+    names = ("before", "extra", "mix", "after")
+    assert spy.calls == [(name, site) for name in names for site in (uncond, cond)]
+    expected = stock_attention(qkv, run.rotary)
+    for i, branch in enumerate(run.branches):
+        assert torch.equal(spy.queries[branch], qkv.query_BSHD[i : i + 1])
+        assert torch.equal(spy.mixed[branch], expected[i : i + 1])
+    torch.testing.assert_close(out_BSC, expected.flatten(2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_control_that_changes_nothing_costs_one_plain_call(dtype: torch.dtype) -> None:
+    run, qkv = RunContext(LAYOUT, Rotary.none()), random_qkv(8, batch=4, dtype=dtype)
+    empty = [random_group(1, [], [3], batch=2), random_group(1, [3], [], batch=2)]
     expected = stock_attention(qkv, run.rotary).flatten(2)
-    torch.testing.assert_close(out_BSC, expected, rtol=0, atol=0)
+    for control in (AttentionControl(), Spy({}), Spy({"cond": empty})):
+        with Calls() as calls:
+            out_BSC = controlled_attention(run, control, 0, qkv)
+        assert calls.num_attentions == 1
+        assert torch.cat not in calls.made
+        torch.testing.assert_close(out_BSC, expected, rtol=0, atol=0)
 
 
 def test_groups_of_one_branch_leave_the_other_alone() -> None:
@@ -210,9 +311,46 @@ def test_groups_of_one_branch_leave_the_other_alone() -> None:
     out_BSC = controlled_attention(run, Spy({"cond": [group]}), 0, qkv)
     plain = stock_attention(qkv, run.rotary).flatten(2)
     torch.testing.assert_close(out_BSC[0], plain[0], rtol=1e-6, atol=1e-6)
-    cond = QKV(*(x[1:] for x in qkv))
-    expected = dense_attention(cond, [group], run.rotary).flatten(2)
-    torch.testing.assert_close(out_BSC[1:].double(), expected, rtol=1e-5, atol=1e-5)
+    assert_dense(
+        out_BSC[1:].unflatten(2, (HEADS, WIDTH)),
+        QKV(*(x[1:] for x in qkv)),
+        [group],
+        run.rotary,
+    )
+
+
+class Merger(AttentionControl):
+    """Blends rows of the attention output of one branch with what was kept of another video."""
+
+    def __init__(self, kept_BSHD: Tensor, groups: Sequence[KVGroup] = ()) -> None:
+        self.kept_BSHD, self.groups = kept_BSHD, groups
+        self.seen_BSC: dict[Branch, Tensor] = {}
+
+    def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
+        return self.groups if site.branch == "cond" else ()
+
+    def mix(self, site: AttentionSite, out_BSHD: Tensor) -> Tensor:
+        if site.branch == "uncond":
+            return out_BSHD
+        return torch.lerp(out_BSHD, self.kept_BSHD, 0.25)
+
+    def after(self, site: AttentionSite, out_BSC: Tensor) -> Tensor:
+        self.seen_BSC[site.branch] = out_BSC
+        return out_BSC
+
+
+@pytest.mark.parametrize("injects", [False, True])
+def test_what_attention_gave_may_be_mixed_by_branch(injects: bool) -> None:
+    run, qkv = RunContext(LAYOUT, rotary_of(LAYOUT)), random_qkv(11, batch=4)
+    groups = random_groups(3, 3, batch=2) if injects else []
+    kept_BSHD = random_qkv(12, batch=2).value_BSHD
+    merger = Merger(kept_BSHD, groups)
+    plain = controlled_attention(run, Spy({"cond": groups}), 0, qkv)
+    out_BSC = controlled_attention(run, merger, 0, qkv)
+    torch.testing.assert_close(out_BSC[:2], plain[:2], rtol=0, atol=0)
+    expected = torch.lerp(plain[2:], kept_BSHD.flatten(2), 0.25)
+    torch.testing.assert_close(out_BSC[2:], expected, rtol=0, atol=0)
+    assert torch.equal(merger.seen_BSC["cond"], expected)
 
 
 def test_a_control_may_replace_values_and_outputs() -> None:
@@ -243,6 +381,13 @@ def test_a_single_branch_is_the_whole_batch() -> None:
     assert torch.equal(spy.queries["cond"], qkv.query_BSHD)
 
 
+def test_one_rank_gathers_by_changing_nothing() -> None:
+    run, x_NC = RunContext(LAYOUT, Rotary.none()), torch.arange(48).view(24, 2)
+    gathered_NC = run.gather_positions(x_NC)
+    assert torch.equal(gathered_NC, x_NC)
+    assert gathered_NC.data_ptr() == x_NC.data_ptr()
+
+
 def test_attention_to_the_text_is_plain_and_shown_to_the_control_by_branch() -> None:
     class Watcher(AttentionControl):
         def __init__(self) -> None:
@@ -258,7 +403,7 @@ def test_attention_to_the_text_is_plain_and_shown_to_the_control_by_branch() -> 
     heads = [x.transpose(1, 2) for x in (query, key, value)]
     expected = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
     assert torch.equal(out_BSC, expected)
-    for i, branch in enumerate(("uncond", "cond")):
+    for i, branch in enumerate(run.branches):
         shown = watcher.seen[AttentionSite(2, 5, branch)]
         assert torch.equal(shown[0], query[i : i + 1])
         assert torch.equal(shown[1], key[i : i + 1])

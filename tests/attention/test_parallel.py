@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 
 from bachvid.attention.parallel import join_group, share_decoder
 from bachvid.layout.gangs import Gang
+from bachvid.layout.tokens import TokenLayout
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -22,15 +23,15 @@ def test_one_rank_has_everything_and_may_join_again(
 ) -> None:
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "is put back after the test")
-    x = torch.randn(2, 5, 4, 3, device=device)
+    layout = TokenLayout(text_tokens=2, latent_frames=3, grid_height=1, grid_width=1)
+    x = torch.randn(2, layout.joint_tokens, 4, 3, device=device)
     for meeting in ("first", "second"):
         group = join_group(Gang(), 0, device=torch.device(device), init_file=tmp_path / meeting)
         assert (group.rank, group.size, group.cfg_rank, group.cfg_size) == (0, 1, 0, 1)
         for same in (
-            group.to_heads(x),
-            group.to_tokens(x),
-            group.gather_heads(x),
-            group.gather_tokens(x),
+            group.to_heads(x, layout),
+            group.to_tokens(x, layout),
+            group.gather_tokens(x, layout.joint_tokens),
             group.sum(x),
             group.from_cond(x),
         ):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from json_models import STORYBOOK, VOCABULARY, write_json_model, write_json_wan
 
 from bachvid.catalog.facts import ModelFacts
-from bachvid.catalog.registry import PUBLISHED, load_facts
+from bachvid.catalog.profiles import flow_level, share_done
+from bachvid.catalog.registry import load_facts, published_models
 from bachvid.errors import BachvidError, ConfigError, ModelSupportError
-from bachvid.inputs.config import ModelConfig, VideoConfig
+from bachvid.inputs.sections import ModelConfig, ResolvedVideo
+
+PUBLISHED = published_models()
 
 
 @pytest.fixture
@@ -49,10 +53,11 @@ def test_cogvideox_2b_is_known_without_the_network(owner: str) -> None:
 
 def test_the_layers_of_the_5b_are_those_published_counted_from_0() -> None:
     published_vital = [1, 2, 12, 13, 14, 15, 16, 18, 20, 21, 22, 24, 30, 35, 42]
-    for profile in PUBLISHED["THUDM/CogVideoX-5b"].profiles.values():
-        assert profile.vital_layers == tuple(layer - 1 for layer in published_vital)
-        assert profile.mask_layers == tuple(range(5, 20))
-        assert profile.match_layers == tuple(range(1, 16))
+    attention = PUBLISHED["THUDM/CogVideoX-5b"].attention
+    assert attention.vital_layers == tuple(layer - 1 for layer in published_vital)
+    assert attention.mask_layers == tuple(range(5, 20))
+    assert attention.match_layers == tuple(range(1, 16))
+    assert attention.mask_words == "all"
 
 
 @pytest.mark.parametrize(("size", "layers", "heads"), [("1.3B", 30, 12), ("14B", 40, 40)])
@@ -61,7 +66,9 @@ def test_wan_is_known_without_the_network(size: str, layers: int, heads: int) ->
     assert (facts.num_layers, facts.num_heads, facts.head_dim) == (layers, heads, 128)
     assert (facts.text_tokens, facts.joint_text_tokens, facts.text_dim) == (512, 0, 4096)
     assert facts.grid(81, 480, 832) == (21, 30, 52)
-    assert facts.layout(VideoConfig(pixel_frames=81, height=720, width=1280)).joint_tokens == 75600
+    assert (
+        facts.layout(ResolvedVideo(pixel_frames=81, height=720, width=1280)).joint_tokens == 75600
+    )
     defaults = facts.defaults
     assert (defaults.pixel_frames, defaults.height, defaults.width) == (81, 480, 832)
     assert (defaults.fps, defaults.num_steps, defaults.guidance_scale) == (16, 50, 5.0)
@@ -72,25 +79,42 @@ def test_wan_is_known_without_the_network(size: str, layers: int, heads: int) ->
 
 def test_the_layers_of_wan_14b_are_those_published_counted_from_0() -> None:
     published_vital = [1, 2, 17, 22, 24, 29, 33, 34, 35, 39, 40]
-    for profile in PUBLISHED["Wan-AI/Wan2.1-T2V-14B-Diffusers"].profiles.values():
-        assert profile.vital_layers == tuple(layer - 1 for layer in published_vital)
-        assert profile.mask_layers == tuple(range(2, 10))
-        assert profile.match_layers == tuple(range(1, 7))
-        assert profile.mask_fraction * 50 == 9
-        assert profile.mask_words == "nouns"
+    facts = PUBLISHED["Wan-AI/Wan2.1-T2V-14B-Diffusers"]
+    assert facts.attention.vital_layers == tuple(layer - 1 for layer in published_vital)
+    assert facts.attention.mask_layers == tuple(range(2, 10))
+    assert facts.attention.match_layers == tuple(range(1, 7))
+    assert facts.step_at(facts.attention.mask_level, 50) == 9
+    assert facts.step_at(facts.attention.inject_levels["paper"], 50) == 26
+    assert facts.attention.mask_words == "nouns"
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("done", [0.0, 0.1, 0.48, 0.9])
+def test_a_level_is_the_noise_that_is_gone(done: float, shift: float) -> None:
+    left = 1 - done
+    sigma = shift * left / (1 + (shift - 1) * left)  # as diffusers shifts its schedules
+    assert flow_level(done, shift) == pytest.approx(1 - sigma)
+    assert share_done(flow_level(done, shift), shift) == pytest.approx(done)
+
+
+def test_a_level_comes_later_in_a_schedule_that_is_shifted_more(tmp_path: Path) -> None:
+    facts = load(write_json_wan(tmp_path))  # its shift is 5; levels are of the published 3
+    assert facts.flow_shift == 5.0
+    steps = [replace(facts, flow_shift=shift).step_at(0.3, 1000) for shift in (1.0, 3.0, 5.0)]
+    assert steps == [300, 562, 682]
 
 
 @pytest.mark.parametrize("model_id", sorted(PUBLISHED))
-def test_every_layer_of_a_profile_exists(model_id: str) -> None:
+def test_every_layer_of_a_model_exists(model_id: str) -> None:
     facts = load(model_id)
-    for profile in facts.profiles.values():
-        for layers in (profile.vital_layers, profile.mask_layers, profile.match_layers):
-            assert layers == tuple(sorted(set(layers)))
-            assert 0 <= layers[0] <= layers[-1] < facts.num_layers
+    of = facts.attention
+    for layers in (of.vital_layers, of.mask_layers, of.match_layers):
+        assert layers == tuple(sorted(set(layers)))
+        assert 0 <= layers[0] <= layers[-1] < facts.num_layers
 
 
 def test_the_2b_takes_layers_from_first_to_last() -> None:
-    layers = load("THUDM/CogVideoX-2b").profiles["paper"].vital_layers
+    layers = load("THUDM/CogVideoX-2b").attention.vital_layers
     assert (layers[0], layers[-1]) == (0, 29)
 
 
@@ -102,14 +126,14 @@ def test_a_folder_is_read_from_its_json_files(folder: Path) -> None:
     assert facts.grid(5, 48, 48) == (3, 12, 12)
     assert facts.vocabulary is not None
     assert facts.vocabulary.action == tuple(VOCABULARY["action"])
-    assert facts.profiles["fast"].branches == "cond"
+    assert facts.attention.inject_levels == {"paper": 0.52, "fast": 1.0}
 
 
-def test_a_folder_without_profiles_takes_those_of_the_paper_at_its_depth(tmp_path: Path) -> None:
+def test_a_folder_without_layers_takes_those_of_the_paper_at_its_depth(tmp_path: Path) -> None:
     facts = load(write_json_model(tmp_path, with_vocabulary=False))
     assert facts.vocabulary is None
-    assert facts.profiles["paper"].vital_layers == (0, 2, 3, 4, 5, 6, 7)
-    assert facts.profiles["paper"].mask_layers == (1, 2, 3)
+    assert facts.attention.vital_layers == (0, 2, 3, 4, 5, 6, 7)
+    assert facts.attention.mask_layers == (1, 2, 3)
     assert (facts.defaults.pixel_frames, facts.defaults.height) == (5, 48)
 
 
@@ -143,11 +167,11 @@ def test_each_nearest_size_is_legal() -> None:
     [
         ("model_index.json", {"_class_name": "LTXPipeline"}, "is a LTXPipeline"),
         ("transformer/config.json", {"patch_size_t": 2}, "so it is a CogVideoX 1.5"),
-        ("transformer/config.json", {"in_channels": 24}, "its parts do not fit"),
-        ("text_encoder/config.json", {"d_model": 8}, "its parts do not fit"),
+        ("transformer/config.json", {"in_channels": 24}, "its components do not fit"),
+        ("text_encoder/config.json", {"d_model": 8}, "its components do not fit"),
         ("transformer/config.json", {"num_layers": 0}, "num_layers: is 0: must be >= 1"),
         ("vae/config.json", {"block_out_channels": 3}, "block_out_channels: is 3: must be a list"),
-        ("storybook.json", {"profiles": 3}, "profiles: is 3: "),
+        ("storybook.json", {"attention": 3}, "attention: is 3: "),
     ],
 )
 def test_a_folder_that_is_not_our_model_is_refused(
@@ -166,7 +190,7 @@ def test_a_wan_folder_is_read_from_its_json_files(wan_folder: Path) -> None:
     assert (facts.spatial_ratio, facts.temporal_ratio, facts.latent_channels) == (4, 2, 12)
     assert facts.grid(5, 48, 48) == (3, 6, 6)
     assert (facts.text_tokens, facts.defaults.dtype) == (512, "float32")
-    assert facts.profiles["paper"].mask_layers == (0, 1, 2)
+    assert facts.attention.mask_layers == (0, 1, 2)
 
 
 def test_a_video_with_more_tokens_than_positions_is_refused(wan_folder: Path) -> None:
@@ -184,12 +208,12 @@ def test_a_wan_folder_can_say_how_long_its_prompts_are(wan_folder: Path) -> None
     facts = load(wan_folder)
     assert (facts.text_tokens, facts.joint_text_tokens) == (20, 0)
     assert facts.vocabulary is not None
-    assert facts.profiles["fast"].mask_words == "all"
+    assert facts.attention.mask_words == "all"
 
 
 def test_only_a_wan_folder_can_say_how_long_its_prompts_are(folder: Path) -> None:
     (folder / "storybook.json").write_text(json.dumps({**STORYBOOK, "text_tokens": 30}))
-    with pytest.raises(ModelSupportError, match=r"text_tokens: is 30: .*max_text_seq_length says"):
+    with pytest.raises(ModelSupportError, match=r"text_tokens: is 30: .*says it, 20"):
         load(folder)
 
 
@@ -224,8 +248,8 @@ def test_only_a_wan_folder_can_say_how_long_its_prompts_are(folder: Path) -> Non
         ("transformer/config.json", {"patch_size": 2}, "patch_size: is 2: must be a list"),
         ("vae/config.json", {"dim_mult": [1, 2]}, "its VAE makes pixels 2 and frames 2 times"),
         ("vae/config.json", {"scale_factor_temporal": 4}, "its scale_factor_temporal 4: correct"),
-        ("transformer/config.json", {"in_channels": 24}, "its parts do not fit"),
-        ("text_encoder/config.json", {"d_model": 8}, "its parts do not fit"),
+        ("transformer/config.json", {"in_channels": 24}, "its components do not fit"),
+        ("text_encoder/config.json", {"d_model": 8}, "its components do not fit"),
     ],
 )
 def test_a_wan_folder_that_is_not_our_model_is_refused_by_name(

@@ -10,8 +10,8 @@ from json_models import write_json_model
 
 from bachvid.cli.progress import BarProgress, LineProgress, stage_line
 from bachvid.driver.events import Done, Event, Failed, FrameStep, IdentityStep, Published, Queued
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import RenderPlan, render_plan
 
 DONE = Done("coast", "jumps", Path("run/coast/jumps.mp4"), 1.25, (), False)
@@ -29,7 +29,7 @@ def plan(tmp_path: Path) -> RenderPlan:
 def events_of(plan: RenderPlan, todo: set[str]) -> list[Event]:
     """Return what the driver tells when only the videos of `todo` are missing."""
     (scene,) = plan.scenes
-    steps, pre_pass = 5, plan.frame_steps - 5
+    steps, pre_pass = 5, plan.num_steps("jumps") - 5
     name = scene.scene.id
     found: list[Event] = [Queued(name, video.id) for video in scene.videos if video.id in todo]
     found += [IdentityStep(name, step, steps) for step in range(steps)]
@@ -49,7 +49,7 @@ def test_the_bar_is_full_at_the_end(plan: RenderPlan, todo: set[str]) -> None:
             progress.show(event)
         (task,) = progress.bar.tasks
     assert task.completed == task.total
-    assert task.total == 5 + len(todo - {"identity"}) * plan.frame_steps
+    assert task.total == 5 + len(todo - {"identity"}) * plan.num_steps("jumps")
 
 
 def test_lines_are_of_stages_and_not_of_steps(

@@ -1,35 +1,30 @@
-"""What a rank of a gang does in the tests, and how gangs of processes are started."""
+"""What a rank of a gang renders in the tests."""
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
+from gangs import name_of
 from numpy.typing import NDArray
 
 from bachvid.attention.control import AttentionControl
-from bachvid.attention.groups import ALONE, SequenceGroup
-from bachvid.attention.parallel import join_group
-from bachvid.engine.results import RenderedVideo
+from bachvid.attention.groups import SequenceGroup
+from bachvid.engine.results import PreviewFrames, RenderedVideo, RunStep
 from bachvid.engine.sampling import denoise
-from bachvid.engine.steps import PreviewFrames
-from bachvid.engine.videos import FrameVideoActor, IdentityVideoActor
+from bachvid.engine.videos import VideoJob, render_video
 from bachvid.engine.worker import ModelWorker
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
-from bachvid.kv.cache import IdentityCache, MemoryKVStore
+from bachvid.kv.cache import IdentityManifest, SceneCache
 from bachvid.kv.packing import PackedStep
-from bachvid.kv.pulling import PulledKVStore
+from bachvid.kv.pulling import PulledPieces
 from bachvid.layout.gangs import Gang, overlapping_ranks
+from bachvid.methods.base import Run
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import RenderPlan, render_plan
 
 STORY = Story.model_validate(
@@ -52,11 +47,11 @@ Blocks = dict[int, PackedStep]  # of one rank, by step
 
 @dataclass(frozen=True)
 class Written:
-    """What a gang has recorded: the blocks of each rank, and the cache without a store."""
+    """What a gang has recorded: the blocks of each rank, and the manifest."""
 
     gang: Gang
     blocks: tuple[Blocks, ...]
-    cache: IdentityCache
+    manifest: IdentityManifest
 
 
 @dataclass(frozen=True)
@@ -65,14 +60,17 @@ class Shown:
 
     plain: NDArray[np.float32]  # latents
     identity: RenderedVideo | None
-    cache: IdentityCache
+    manifest: IdentityManifest
     frames: Mapping[str, RenderedVideo | None]  # by who wrote the keys and values
     num_previews: int
-    made_with: Mapping[str, str]
+    provenance: Mapping[str, str]
 
 
-def name_of(gang: Gang) -> str:
-    return f"{gang.sequence}x{gang.cfg}"
+Job = tuple[Sequence[str], Path, Sequence[str]]  # overrides, folder and reads of `show`
+
+
+def show_all(group: SequenceGroup, gang: Gang, jobs: Sequence[Job]) -> list[Shown]:
+    return [show(group, gang, *job) for job in jobs]
 
 
 def show(
@@ -93,31 +91,34 @@ def show(
     plain = plain_latents(worker, plan)
 
     packer, blocks = worker.new_packer(), Blocks()
-    steps = [range(plan.config.sampling.num_steps)]
-    run = IdentityVideoActor(worker).render("forest", scene.identity, packer, records=steps)
+    steps = render_video(
+        worker,
+        VideoJob("identity", "forest", scene.identity, plan.runs("identity"), sink=packer),
+    )
     previews = 0
     while True:
         try:
-            item = next(run)
+            item = next(steps)
         except StopIteration as end:
             identity = end.value
             break
-        if isinstance(item, IdentityCache):
-            cache = replace(item, store=MemoryKVStore())
+        if isinstance(item, IdentityManifest):
+            manifest = item
         elif isinstance(item, PreviewFrames):
             previews += 1
-        elif packed := packer.take(item.step):
+        elif isinstance(item, RunStep) and (packed := packer.take(item.step)):
             blocks[item.step] = pickle.loads(pickle.dumps(packed))
-    write(folder / name_of(gang), gang, group, blocks, cache)
+    write(folder / name_of(gang), gang, group, blocks, manifest)
     frames = {writer: frame(worker, plan, folder / writer) for writer in reads}
-    return Shown(plain, identity, cache, frames, previews, worker.made_with)
+    return Shown(plain, identity, manifest, frames, previews, worker.provenance)
 
 
 def plain_latents(worker: ModelWorker, plan: RenderPlan) -> NDArray[np.float32]:
     video = plan.scenes[0].identity
     for done in denoise(
         worker.model,
-        worker.new_run(),
+        worker.new_context(),
+        Run(tuple(range(plan.config.sampling.num_steps))),
         prompt_embeds=worker.embeds[video.prompt.text],
         negative_embeds=worker.embeds[""],
         noise=worker.model.initial_noise(video.seed, plan.config.video),
@@ -130,11 +131,13 @@ def plain_latents(worker: ModelWorker, plan: RenderPlan) -> NDArray[np.float32]:
 
 
 def write(
-    path: Path, gang: Gang, group: SequenceGroup, blocks: Blocks, cache: IdentityCache
+    path: Path, gang: Gang, group: SequenceGroup, blocks: Blocks, manifest: IdentityManifest
 ) -> None:
     """Let every rank write its blocks, and wait until all of them have."""
     rank = group.cfg_rank * group.size + group.rank
-    path.with_name(f"{path.name}.{rank}").write_bytes(pickle.dumps(Written(gang, (blocks,), cache)))
+    path.with_name(f"{path.name}.{rank}").write_bytes(
+        pickle.dumps(Written(gang, (blocks,), manifest))
+    )
     if gang.size > 1:
         dist.barrier()
 
@@ -148,76 +151,25 @@ def read(path: Path) -> Written:
 def frame(worker: ModelWorker, plan: RenderPlan, path: Path) -> RenderedVideo | None:
     """Render a frame video from the blocks that this rank needs, as `overlapping` names them."""
     written, facts = read(path), worker.facts
-    cache = written.cache
-    needed = overlapping_ranks(worker.share, written.gang.shares(facts.num_heads), cache.branches)
-    store = PulledKVStore(
-        lambda run, step: [written.blocks[rank][step] for rank in needed],
+    manifest, runs = written.manifest, plan.frame_runs
+    writers = written.gang.shares(facts.num_heads)
+    needed = overlapping_ranks(worker.share, writers, manifest.records.branches)
+    reading = [run.sources for run in runs if run.reads]
+    source = PulledPieces(
+        lambda run, place: [written.blocks[rank][reading[run][place]] for rank in needed],
         share=worker.share,
-        layers=cache.layers,
-        branches=cache.branches,
+        records=manifest.records,
         passes=facts.passes,
-        config_hash=cache.config_hash,
-        nbytes=0,
+        config_hash=manifest.config_hash,
     )
-    run = FrameVideoActor(worker).render(
-        "forest", plan.scenes[0].frames[0], lambda: replace(cache, store=store)
-    )
+    scene = SceneCache(manifest, source)
+    job = VideoJob("frame", "forest", plan.scenes[0].frames[0], runs, open_scene=lambda: scene)
+    steps = render_video(worker, job)
     try:
         while True:
-            next(run)
+            next(steps)
     except StopIteration as end:
         rendered: RenderedVideo | None = end.value
         return rendered
     finally:
-        store.close()
-
-
-@contextmanager
-def joined(gang: Gang, rank: int, meeting: Path) -> Iterator[SequenceGroup]:
-    if gang.size == 1:
-        yield ALONE
-        return
-    group = join_group(gang, rank, device=torch.device("cpu"), init_file=meeting)
-    yield group
-    group.close()
-
-
-def work(gang: Gang, rank: int, meeting: Path, answer: Connection, jobs: Sequence[object]) -> None:
-    """Answer with what `show` gives for each of the jobs, or with what went wrong."""
-    torch.set_num_threads(1)
-    try:
-        with joined(gang, rank, meeting) as group:
-            answer.send_bytes(pickle.dumps([show(group, gang, *job) for job in jobs]))
-    except BaseException:
-        answer.send_bytes(pickle.dumps(traceback.format_exc()))
-        raise
-
-
-def run_gang(gang: Gang, folder: Path, jobs: Sequence[object]) -> list[list[Shown]]:
-    """Run the jobs in one process for each rank; give the answers of each."""
-    # One process imports the libraries, the ranks are forks of it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["bachvid.engine.worker", "bachvid.models.cogvideox", "bachvid.models.wan"]
-    )
-    pipes, processes = [], []
-    for rank in range(gang.size):
-        ours, theirs = context.Pipe(duplex=False)
-        meeting = folder / f"meeting-{name_of(gang)}"
-        process = context.Process(target=work, args=(gang, rank, meeting, theirs, jobs))
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
-    try:
-        answers = []
-        for ours in pipes:
-            assert ours.poll(120), "a rank does not answer"
-            answers.append(pickle.loads(ours.recv_bytes()))  # torch would send file handles
-    finally:
-        for process in processes:
-            process.join(5)
-            process.kill()
-    errors = [answer for answer in answers if isinstance(answer, str)]
-    assert not errors, "\n".join(errors)
-    return answers
+        source.close()

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from ranks import Shown, name_of, run_gang, show
+from gangs import name_of, run_gang
+from ranks import Shown, show_all
 
 from bachvid.attention.groups import ALONE
 from bachvid.layout.gangs import Gang
@@ -72,12 +74,13 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     by_gang = {}
     for gang, reads in READS.items():
         whole = [(*job, reads) for job in jobs]
-        alone = gang.size == 1
         by_gang[name_of(gang)] = (
-            [[show(ALONE, gang, *job) for job in whole]] if alone else run_gang(gang, root, whole)
+            [show_all(ALONE, gang, whole)]
+            if gang.size == 1
+            else run_gang(gang, root, partial(show_all, gang=gang, jobs=whole))
         )
     # One process reads last of all, from other gangs.
-    by_gang["last"] = [[show(ALONE, Gang(), *job, ["2x1", "2x2"]) for job in jobs]]
+    by_gang["last"] = [show_all(ALONE, Gang(), [(*job, ["2x1", "2x2"]) for job in jobs])]
     return {
         model: {name: [rank[i] for rank in ranks] for name, ranks in by_gang.items()}
         for i, model in enumerate(MODELS)
@@ -91,7 +94,7 @@ def shown(request: pytest.FixtureRequest, results: Results) -> Mapping[str, list
 
 def test_the_story_is_one_that_tests_something(shown: Mapping[str, list[Shown]]) -> None:
     (alone,) = shown["1x1"]
-    mask = alone.cache.foreground_mask_N
+    mask = alone.manifest.foreground_mask_N
     assert 0.1 < mask.float().mean() < 0.9
     video = alone.frames["1x1"]
     assert video is not None
@@ -120,10 +123,10 @@ def test_masks_and_features_are_the_same_on_every_rank(shown: Mapping[str, list[
     (alone,) = shown["1x1"]
     for ranks in shown.values():
         for rank in ranks:
-            assert rank.cache.foreground_mask_N.equal(alone.cache.foreground_mask_N)
-            assert rank.cache.features.keys() == alone.cache.features.keys()
-            for layer, features in alone.cache.features.items():
-                np.testing.assert_allclose(rank.cache.features[layer], features, **TOLERANCE)
+            assert rank.manifest.foreground_mask_N.equal(alone.manifest.foreground_mask_N)
+            assert rank.manifest.features.keys() == alone.manifest.features.keys()
+            for layer, features in alone.manifest.features.items():
+                np.testing.assert_allclose(rank.manifest.features[layer], features, **TOLERANCE)
 
 
 def test_frame_videos_are_those_of_one_process_whoever_recorded(
@@ -154,7 +157,7 @@ def test_one_rank_of_a_gang_sees_pixels(shown: Mapping[str, list[Shown]]) -> Non
 
 
 def test_a_video_tells_how_many_ranks_made_it(results: Results) -> None:
-    told = {name: ranks[0].made_with.get("ranks") for name, ranks in results["rope"].items()}
+    told = {name: ranks[0].provenance.get("ranks") for name, ranks in results["rope"].items()}
     wanted = {"1x1": None, "2x1": "2", "3x1": "3", "1x2": "1 x cfg 2", "2x2": "2 x cfg 2"}
     assert told == {**wanted, "last": None}
     assert results["rope"]["1x1"][0].num_previews == 1

@@ -25,10 +25,11 @@ from bachvid.driver.renderer import (
 )
 from bachvid.engine.sampling import denoise
 from bachvid.engine.worker import ModelWorker, array_sha256
-from bachvid.errors import ConfigError
-from bachvid.inputs.config import RenderConfig
+from bachvid.errors import ConfigError, WorkerError
 from bachvid.inputs.story import Story
+from bachvid.methods.base import Run
 from bachvid.output.journal import read_run
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import render_plan
 from bachvid.prompts.compose import Prompt
 
@@ -63,15 +64,15 @@ VIDEOS = {
 
 
 def settings(folder: Path, *overrides: str) -> RenderConfig:
+    bachvid = ["method.profile=paper", "method.inject_steps=[0, 2]"]
     return RenderConfig.from_yaml(
         None,
         [
             f"model.id={folder}",
             "model.threads=1",
             "sampling.num_steps=2",
-            "method.profile=paper",
+            *([] if "method.name=none" in overrides else bachvid),
             "method.mask_step=1",
-            "method.inject_steps=[0, 2]",
             "output.min_height=32",
             *overrides,
         ],
@@ -125,7 +126,7 @@ def test_every_video_is_rendered_and_told_of(finished: tuple[Path, list[Event]])
     assert [e.cache_bytes for e in published] == [72 * 32 * 4 * 2 * 3 * 2 * 2] * 2
     manifest = json.loads((out / "manifest.json").read_text())
     assert {(v["scene"], v["video"]) for v in manifest["videos"]} == VIDEOS
-    assert manifest["videos"][0]["made_with"]["device"] == "cpu"
+    assert manifest["videos"][0]["provenance"]["device"] == "cpu"
 
 
 def test_every_file_of_a_run_is_there(finished: tuple[Path, list[Event]]) -> None:
@@ -211,7 +212,9 @@ def test_a_failed_identity_fails_only_its_scene(run: Path, tiny_cogvideox_folder
 
 @pytest.mark.parametrize("key", ["identity_gpus", "gpus_per_frame_actor"])
 def test_one_process_is_no_gang(key: str, tiny_cogvideox_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"^parallel.{key}: is 2: this process is one rank; "):
+    with pytest.raises(
+        ConfigError, match=rf"^parallel.{key}: is 2: a single process has one rank; "
+    ):
         render(tiny_cogvideox_folder, tmp_path / "run", f"parallel.{key}=2")
 
 
@@ -245,12 +248,14 @@ def test_a_cancelled_render_goes_on_to_the_same_videos(
 def test_previews_show_what_a_video_becomes_and_change_nothing(
     finished: tuple[Path, list[Event]], tiny_cogvideox_folder: Path, tmp_path: Path
 ) -> None:
-    events = render(tiny_cogvideox_folder, tmp_path, "output.preview_every=2")
+    events = render(tiny_cogvideox_folder, tmp_path, "output.preview_every=1")
     previews = [event for event in events if isinstance(event, Preview)]
-    assert {(event.scene, event.video) for event in previews} == VIDEOS  # of 2 steps, once each
+    assert {(event.scene, event.video) for event in previews} == VIDEOS
+    assert len(previews) == 2 * len(VIDEOS)
     assert all(event.path.read_bytes().startswith(b"\x89PNG") for event in previews)
-    where = [e for e in events if isinstance(e, (FrameStep, Preview)) and e.video == "jumps"]
-    assert [type(e) for e in where] == [FrameStep] * 4 + [Preview]
+    jumps = [e for e in events if isinstance(e, FrameStep | Preview | Done) and e.video == "jumps"]
+    after_step = [FrameStep, Preview]  # whatever else is written meanwhile
+    assert [type(e) for e in jumps] == [FrameStep] * 2 + after_step * 2 + [Done]
     assert hashes(tmp_path) == hashes(finished[0])
 
 
@@ -297,6 +302,36 @@ def test_leaving_the_stream_stops_the_render(tiny_cogvideox_folder: Path, tmp_pa
         next(renderer.stream(STORY))  # the lock is free
 
 
+def test_what_is_rendered_is_kept_when_the_stream_is_left(
+    finished: tuple[Path, list[Event]], tiny_cogvideox_folder: Path, tmp_path: Path
+) -> None:
+    with StoryRenderer(settings(tiny_cogvideox_folder), tmp_path) as renderer:
+        for event in renderer.stream(STORY):
+            if isinstance(event, FrameStep):
+                break
+    assert hashes(tmp_path) == {
+        key: value for key, value in hashes(finished[0]).items() if key == ("forest", "identity")
+    }
+
+
+def test_what_cannot_be_written_ends_the_render_and_is_not_journaled(
+    finished: tuple[Path, list[Event]], tiny_cogvideox_folder: Path, tmp_path: Path
+) -> None:
+    obstacle = tmp_path / "forest" / "masks"  # a file where a folder must be
+    with StoryRenderer(settings(tiny_cogvideox_folder), tmp_path) as renderer:
+        events = renderer.stream(STORY)
+        while not isinstance(next(events), IdentityStep):
+            pass
+        obstacle.parent.mkdir(exist_ok=True)
+        obstacle.touch()
+        with pytest.raises(WorkerError, match=r"^cannot write .*masks.*: make room"):
+            list(events)
+    assert ("forest", "identity") not in read_run(tmp_path).records
+    obstacle.unlink()
+    render(tiny_cogvideox_folder, tmp_path)
+    assert hashes(tmp_path) == hashes(finished[0])
+
+
 def test_method_none_is_the_model_alone(
     finished: tuple[Path, list[Event]], tiny_cogvideox_folder: Path, tmp_path: Path
 ) -> None:
@@ -311,7 +346,8 @@ def test_method_none_is_the_model_alone(
     video = plan.scenes[0].frames[0]
     *_, (_, latents, _) = denoise(
         worker.model,
-        worker.new_run(),
+        worker.new_context(),
+        Run((0, 1)),
         prompt_embeds=worker.model.encode_prompts([video.prompt]),
         negative_embeds=worker.model.encode_prompts([Prompt("")]),
         noise=worker.model.initial_noise(video.seed, plan.config.video),

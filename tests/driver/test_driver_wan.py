@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from bachvid.driver.renderer import Done, Failed, Preview, StoryRenderer
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
 from bachvid.output.journal import VideoRecord, read_run
+from bachvid.planning.config import RenderConfig
 
 STORY = Story.model_validate(
     {
@@ -32,7 +32,7 @@ def render(folder: Path, out: Path, *overrides: str) -> dict[str, VideoRecord]:
         f"model.id={folder}",
         "model.threads=1",
         "method.mask_step=1",
-        "method.inject_steps=[0, 3]",
+        *([] if "method.name=none" in overrides else ["method.inject_steps=[0, 3]"]),
         "output.min_height=32",
         "output.overlays=false",
         *overrides,

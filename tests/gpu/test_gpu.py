@@ -15,21 +15,25 @@ from bachvid.attention.context import RunContext
 from bachvid.attention.control import AttentionControl
 from bachvid.attention.groups import ALONE, SequenceGroup
 from bachvid.attention.rotary import Rotary
-from bachvid.catalog.registry import PUBLISHED, load_facts
+from bachvid.catalog.registry import load_facts, published_models
 from bachvid.driver.events import Done, Failed
 from bachvid.driver.renderer import StoryRenderer
 from bachvid.engine.sampling import denoise
-from bachvid.inputs.config import ModelConfig, RenderConfig
+from bachvid.inputs.sections import ModelConfig
 from bachvid.inputs.story import Story
-from bachvid.kv.cache import KVShard
-from bachvid.kv.packing import StepPacker, sites_of
-from bachvid.kv.pulling import PulledKVStore
+from bachvid.kv.cache import Shard
+from bachvid.kv.packing import StepPacker
+from bachvid.kv.pulling import PulledPieces
 from bachvid.layout.gangs import BRANCHES, Gang
+from bachvid.layout.records import Records, RecordSet
+from bachvid.layout.tokens import TokenLayout
+from bachvid.methods.base import Run
 from bachvid.models.base import VideoModel
 from bachvid.models.cogvideox import CogVideoXControlledProcessor
 from bachvid.models.registry import load_model
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.memory import rank_memory
-from bachvid.planning.resolve import resolve_config
+from bachvid.planning.resolve import build_method, resolve_config
 from bachvid.prompts.compose import Prompt
 
 CUDA = torch.device("cuda", 0)
@@ -48,6 +52,7 @@ def denoised(folder: Path, group: SequenceGroup) -> Tensor:
     steps = denoise(
         model,
         run,
+        Run((0, 1)),
         prompt_embeds=embeds_PTC[:1],
         negative_embeds=embeds_PTC[1:],
         noise=model.initial_noise(7, resolved.video),
@@ -69,16 +74,13 @@ def group_of_one(tmp_path: Path) -> Iterator[SequenceGroup]:
 
 
 def test_xfusers_group_of_one_gives_what_it_is_given(group_of_one: SequenceGroup) -> None:
-    x_BSHD = torch.randn(2, 12, 4, 8, device=CUDA)
-    for give in (
-        group_of_one.to_heads,
-        group_of_one.to_tokens,
-        group_of_one.gather_heads,
-        group_of_one.sum,
-        group_of_one.from_cond,
-    ):
+    x_BSHD, layout = torch.randn(2, 12, 4, 8, device=CUDA), TokenLayout(2, 1, 2, 5)
+    assert torch.equal(group_of_one.to_heads(x_BSHD, layout), x_BSHD)
+    assert torch.equal(group_of_one.to_tokens(x_BSHD, layout), x_BSHD)
+    for give in (group_of_one.sum, group_of_one.from_cond):
         assert torch.equal(give(x_BSHD), x_BSHD)
-    assert torch.equal(group_of_one.gather_tokens(x_BSHD.flatten(2)), x_BSHD.flatten(2))
+    x_BNC = x_BSHD.flatten(2)
+    assert torch.equal(group_of_one.gather_tokens(x_BNC, 12), x_BNC)
     assert (group_of_one.rank, group_of_one.size) == (ALONE.rank, ALONE.size)
 
 
@@ -126,31 +128,30 @@ def test_a_story_is_rendered_in_bf16(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_keys_and_values_come_back_from_pinned_memory_as_they_went(dtype: torch.dtype) -> None:
-    layers, share = (0, 1), Gang().share(0, 4)
-    recorded = {
-        site: KVShard(site, *torch.randn(2, 1, 30, 4, 8, device=CUDA, dtype=dtype))
-        for site in sites_of(0, layers, BRANCHES)
-    }
-    packer = StepPacker(share=share, layers=layers, branches=BRANCHES, config_hash="c")
+    share = Gang().share(0, 4)
+    records = Records((RecordSet(("key", "value"), (0, 1), (0,), BRANCHES),))
+    recorded = {}
+    for site in records.sites(0):
+        key_BMHD, value_BMHD = torch.randn(2, 1, 30, 4, 8, device=CUDA, dtype=dtype)
+        recorded[site] = Shard(site, {"key": key_BMHD, "value": value_BMHD})
+    packer = StepPacker(share=share, records=records, config_hash="c")
     for shard in recorded.values():
         packer.put(shard)
     packed = packer.take(0)
     assert packed is not None
-    store = PulledKVStore(
-        lambda run, step: [packed],
+    store = PulledPieces(
+        lambda run, place: [packed],
         share=share,
-        layers=layers,
-        branches=BRANCHES,
+        records=records,
         passes=(BRANCHES,),
         config_hash="c",
-        nbytes=packer.nbytes,
     )
     store.begin((0,))
     for site, shard in recorded.items():
         staged = store.get(site)
-        assert staged.key_BMHD.is_pinned()
-        assert torch.equal(staged.key_BMHD.to(CUDA), shard.key_BMHD)
-        assert torch.equal(staged.value_BMHD.to(CUDA), shard.value_BMHD)
+        for kind, piece in shard.pieces.items():
+            assert staged.pieces[kind].is_pinned()
+            assert torch.equal(staged.pieces[kind].to(CUDA), piece)
     store.close()
 
 
@@ -160,7 +161,7 @@ def held_bytes() -> int:
 
 
 @pytest.mark.parametrize("fixture", FAMILIES)
-def test_offload_leaves_one_part_at_a_time_on_the_gpu(
+def test_offload_leaves_one_component_at_a_time_on_the_gpu(
     fixture: str, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(fixture)
@@ -168,7 +169,7 @@ def test_offload_leaves_one_part_at_a_time_on_the_gpu(
     facts = load_facts(config)
     video = resolve_config(RenderConfig.from_yaml(None, SIZES), facts).video
     before = held_bytes()
-    model: VideoModel = load_model(config, facts)
+    model: VideoModel = load_model(config, facts, ALONE)
     assert held_bytes() == before
     embeds_PTC = model.encode_prompts([Prompt("a red robot")])
     model.free_text_encoder()
@@ -186,7 +187,7 @@ def test_offload_leaves_one_part_at_a_time_on_the_gpu(
 
 
 def test_a_layer_of_full_size_needs_the_bytes_of_the_plan() -> None:
-    facts = PUBLISHED["THUDM/CogVideoX-5b"]
+    facts = published_models()["THUDM/CogVideoX-5b"]
     overrides = (f"model.id={facts.name}", "method.name=none")
     config = resolve_config(RenderConfig.from_yaml(None, overrides), facts)
     layout = facts.layout(config.video)
@@ -213,5 +214,6 @@ def test_a_layer_of_full_size_needs_the_bytes_of_the_plan() -> None:
             return_dict=False,
         )
     measured = torch.cuda.max_memory_allocated(CUDA) - before
-    planned = rank_memory(config, facts, Gang(), injects=False).forward
+    method = build_method(config)
+    planned = rank_memory(config, facts, method, Gang(), renders_frames=False).forward
     assert planned == pytest.approx(measured, rel=0.03)

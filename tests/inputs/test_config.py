@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from bachvid.catalog.facts import ModelFacts
-from bachvid.catalog.registry import PUBLISHED
+from bachvid.catalog.registry import published_models
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import MethodConfig, RenderConfig
-from bachvid.inputs.runs import read_steps, recorded_steps
-from bachvid.planning.resolve import config_hash, resolve_config
+from bachvid.methods.bachvid import BachVid, BachVidConfig, ResolvedBachVid
+from bachvid.methods.none import NoneConfig
+from bachvid.planning.config import RenderConfig, ResolvedConfig
+from bachvid.planning.resolve import build_method, resolve_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FACTS = PUBLISHED["THUDM/CogVideoX-5b"]
+FACTS = published_models()["THUDM/CogVideoX-5b"]
 
 
-def resolved(*overrides: str, facts: ModelFacts = FACTS) -> RenderConfig:
+def resolved(*overrides: str, facts: ModelFacts = FACTS) -> ResolvedConfig:
     return resolve_config(RenderConfig.from_yaml(None, overrides), facts)
+
+
+def resolved_method(*overrides: str) -> ResolvedBachVid:
+    method = resolved(*overrides).method
+    assert isinstance(method, ResolvedBachVid)
+    return method
+
+
+def sources(*overrides: str) -> list[tuple[int, ...]]:
+    return [run.sources for run in build_method(resolved(*overrides)).runs("frame")]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -38,8 +50,29 @@ def test_an_override_wins_over_the_file() -> None:
 
 
 def test_an_override_takes_lists() -> None:
-    config = RenderConfig.from_yaml(None, ["method.vital_layers=[0, 3]"])
-    assert config.method.vital_layers == (0, 3)
+    method = RenderConfig.from_yaml(None, ["method.vital_layers=[0, 3]"]).method
+    assert isinstance(method, BachVidConfig)
+    assert method.vital_layers == (0, 3)
+
+
+def test_a_method_has_keys_of_its_own() -> None:
+    with pytest.raises(ConfigError, match=re.escape("unknown key 'method.vital_layers'")):
+        RenderConfig.from_yaml(None, ["method.vital_layers=[0]", "method.name=none"])
+    with pytest.raises(
+        ConfigError, match=re.escape("must be 'bachvid' or 'none'. Did you mean \"none\"")
+    ):
+        RenderConfig.from_yaml(None, ["method.name=nome"])
+
+
+def test_an_override_of_the_name_leaves_the_keys_of_the_other_method_behind() -> None:
+    method = RenderConfig.from_yaml(CONFIGS / "storybook.yaml", ["method.name=none"]).method
+    assert method == NoneConfig()
+
+
+def test_a_resolved_config_can_be_read_again() -> None:
+    config = resolved("method.mask_step=7")
+    again = RenderConfig.from_values(config.model_dump(mode="json"), source="journal")
+    assert resolve_config(again, FACTS) == config
 
 
 def test_a_mistake_in_an_override_names_the_override_and_one_in_the_file_the_file(
@@ -70,8 +103,9 @@ def test_resolving_leaves_no_none_where_the_render_reads() -> None:
 
 
 def test_resolving_keeps_what_is_given() -> None:
-    config = resolved("method.mask_step=7", "method.branches=cond", "video.height=320")
-    assert (config.method.mask_step, config.method.branches) == (7, "cond")
+    method = resolved_method("method.mask_step=7", "method.branches=cond")
+    assert (method.mask_step, method.branches) == (7, "cond")
+    config = resolved("video.height=320")
     assert (config.video.height, config.video.width) == (320, 720)
     config = resolved("cache.window=2", "cluster.workers=3")
     assert (config.cache.window, config.cluster.workers) == (2, 3)
@@ -95,7 +129,7 @@ def test_a_cache_or_cluster_that_cannot_be_is_refused(override: str) -> None:
 
 
 def test_the_paper_profile_on_50_steps() -> None:
-    method = resolved("method.profile=paper").method
+    method = resolved_method("method.profile=paper")
     assert (method.mask_step, method.inject_steps) == (5, (0, 26))
     assert (method.branches, method.pre_pass_injection) == ("both", "background")
     assert (method.match_threshold, method.mask_softmax) == (0.5, "joint")
@@ -103,40 +137,50 @@ def test_the_paper_profile_on_50_steps() -> None:
 
 
 def test_the_fast_profile_on_50_steps() -> None:
-    method = resolved("method.profile=fast").method
-    assert (method.mask_step, method.inject_steps) == (5, (0, 50))
+    method = resolved_method("method.profile=fast")
+    assert (method.mask_step, method.inject_steps) == (5, (0, 24))
     assert (method.branches, method.pre_pass_injection) == ("cond", "none")
+    assert (method.pre_passes, method.match_within) == (2, "foreground")
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 1000])
 @pytest.mark.parametrize("profile", ["paper", "fast"])
 def test_a_profile_fits_every_number_of_steps(num_steps: int, profile: str) -> None:
-    method = resolved(f"sampling.num_steps={num_steps}", f"method.profile={profile}").method
-    assert method.mask_step is not None
-    assert method.inject_steps is not None
+    method = resolved_method(f"sampling.num_steps={num_steps}", f"method.profile={profile}")
     assert 0 <= method.mask_step < num_steps
     assert 0 <= method.inject_steps[0] < method.inject_steps[1] <= num_steps
 
 
+BACKGROUND = ("method.mask_step=2", "method.pre_passes=1", "method.pre_pass_injection=background")
+PLAIN = (*BACKGROUND[:2], "method.pre_pass_injection=none")
+
+
 def test_every_run_of_a_frame_video_reads_its_own_steps() -> None:
-    method = MethodConfig(
-        inject_steps=(1, 6), mask_step=2, pre_passes=1, pre_pass_injection="background"
-    )
-    assert read_steps(method) == ((1, 2), (1, 2, 3, 4, 5))
-    plain = method.model_copy(update={"pre_pass_injection": "none"})
-    assert read_steps(plain) == ((), (1, 2, 3, 4, 5))
-    repeated = plain.model_copy(update={"pre_passes": 3})
-    assert read_steps(repeated) == ((), (1, 2), (1, 2), (1, 2, 3, 4, 5))
-    assert read_steps(method.model_copy(update={"name": "none"})) == ((),)
+    injected = "method.inject_steps=[1, 6]"
+    assert sources(*BACKGROUND, injected) == [(1, 2), (1, 2, 3, 4, 5)]
+    assert sources(*PLAIN, injected) == [(), (1, 2, 3, 4, 5)]
+    repeated = (PLAIN[0], "method.pre_passes=3", PLAIN[2], injected)
+    assert sources(*repeated) == [(), (1, 2), (1, 2), (1, 2, 3, 4, 5)]
+    assert sources("method.name=none") == [()]
 
 
 def test_recorded_steps_are_those_that_some_run_reads() -> None:
-    method = MethodConfig(
-        inject_steps=(4, 6), mask_step=2, pre_passes=1, pre_pass_injection="background"
-    )
-    assert recorded_steps(method) == (1, 2, 4, 5)
-    assert recorded_steps(method.model_copy(update={"pre_pass_injection": "none"})) == (4, 5)
-    assert recorded_steps(method.model_copy(update={"name": "none"})) == ()
+    injected = "method.inject_steps=[4, 6]"
+    for overrides, steps in (
+        ((*BACKGROUND, injected), (1, 2, 4, 5)),
+        ((*PLAIN, injected), (4, 5)),
+        (("method.name=none",), ()),
+    ):
+        method = build_method(resolved(*overrides))
+        assert method.records.steps == steps
+        assert method.runs("identity")[-1].records == steps
+
+
+def test_both_branches_are_named_once() -> None:
+    for branches, names in (("both", ("uncond", "cond")), ("cond", ("cond",))):
+        method = build_method(resolved(f"method.branches={branches}"))
+        assert isinstance(method, BachVid)
+        assert method.branches == method.records.branches == names
 
 
 @pytest.mark.parametrize(
@@ -144,7 +188,7 @@ def test_recorded_steps_are_those_that_some_run_reads() -> None:
     ["sampling.num_steps=49", "method.mask_step=6", "video.width=704", "model.dtype=float32"],
 )
 def test_the_hash_changes_with_what_changes_pixels(override: str) -> None:
-    assert config_hash(resolved(override)) != config_hash(resolved())
+    assert resolved(override).sha256 != resolved().sha256
 
 
 @pytest.mark.parametrize(
@@ -160,4 +204,4 @@ def test_the_hash_changes_with_what_changes_pixels(override: str) -> None:
     ],
 )
 def test_the_hash_stays_with_what_does_not(override: str) -> None:
-    assert config_hash(resolved(override)) == config_hash(resolved())
+    assert resolved(override).sha256 == resolved().sha256

@@ -98,9 +98,9 @@ def test_the_example_of_a_prompts_file_loads() -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("a#b", ":1: has 2 parts between '#': a line is background#character#action"),
-        ("\na#b#c#d", ":2: has 4 parts between '#': a line is background#character#action"),
-        ("a# #c", ":1: the character is empty; write what is to be seen"),
+        ("a#b", ":1: has 2 segments between '#': a line is background#character#action"),
+        ("\na#b#c#d", ":2: has 4 segments between '#': a line is background#character#action"),
+        ("a# #c", ":1: the character is empty; describe what should be visible"),
         (
             "a#b#c\na#x#d",
             ":2: background and character are not those of the line above; "

@@ -8,48 +8,31 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from recordings import CONFIG, KEYS_AND_VALUES, MIXED, STEPS, Recording
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bachvid.attention.control import AttentionSite
 from bachvid.errors import CacheMissError, CorruptShardError, WorkerError
-from bachvid.kv.cache import IdentityCache, KVShard
-from bachvid.kv.files import FileKVStore
-from bachvid.kv.packing import sites_of
+from bachvid.kv.cache import IdentityManifest
+from bachvid.kv.files import FilePieces, read_manifest, write_manifest
+from bachvid.layout.records import AttentionSite, Records
 from bachvid.layout.tokens import TokenLayout
 
-LAYOUT = TokenLayout(text_tokens=2, latent_frames=2, grid_height=2, grid_width=3)
-LAYERS, BOTH, STEPS = (1, 4), ("uncond", "cond"), (0, 2)
-CONFIG = "a" * 64
+LAYOUT = TokenLayout(text_tokens=2, latent_frames=1, grid_height=1, grid_width=7)
+RECORDING = Recording(MIXED, rows=(0, 3, 4))
+SITE = AttentionSite(2, 4, "cond")
+EMPTY = IdentityManifest(LAYOUT, MIXED, None, {}, seed=0, config_hash=CONFIG)
 
 
-def shard_of(site: AttentionSite, dtype: torch.dtype = torch.float32, base: int = 0) -> KVShard:
-    generator = torch.Generator().manual_seed(base + 10 * site.step + site.layer)
-    shape = (1, LAYOUT.video_tokens, 3, 5)
-    key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-    return KVShard(site, key, -value if site.branch == "cond" else value)
+def pieces_at(directory: Path, records: Records = MIXED, config_hash: str = CONFIG) -> FilePieces:
+    return FilePieces(directory, records=records, config_hash=config_hash)
 
 
-def new_store(directory: Path, config_hash: str = CONFIG) -> FileKVStore:
-    return FileKVStore(directory, layers=LAYERS, branches=BOTH, config_hash=config_hash)
-
-
-def put_step(
-    store: FileKVStore, step: int, dtype: torch.dtype = torch.float32, base: int = 0
-) -> None:
-    for site in sites_of(step, LAYERS, BOTH):
-        store.put(shard_of(site, dtype, base))
-
-
-def save_cache(directory: Path, dtype: torch.dtype = torch.float32) -> IdentityCache:
-    store = new_store(directory)
-    for step in STEPS:
-        put_step(store, step, dtype)
+def manifest_of(dtype: torch.dtype) -> IdentityManifest:
     generator = torch.Generator().manual_seed(5)
-    cache = IdentityCache(
+    return IdentityManifest(
         layout=LAYOUT,
-        steps=STEPS,
-        layers=LAYERS,
-        branches=BOTH,
+        records=MIXED,
         foreground_mask_N=torch.arange(LAYOUT.video_tokens) % 3 == 0,
         features={
             layer: torch.randn(LAYOUT.video_tokens, 7, generator=generator).to(dtype)
@@ -57,15 +40,30 @@ def save_cache(directory: Path, dtype: torch.dtype = torch.float32) -> IdentityC
         },
         seed=17,
         config_hash=CONFIG,
-        store=store,
     )
-    return store.save(cache)
+
+
+def check_manifest(given: IdentityManifest, expected: IdentityManifest) -> None:
+    for field in fields(IdentityManifest):
+        if field.name not in ("foreground_mask_N", "features"):
+            assert getattr(given, field.name) == getattr(expected, field.name)
+    assert given.foreground_mask_N is not None
+    assert expected.foreground_mask_N is not None
+    assert given.foreground_mask_N.dtype == torch.bool
+    assert torch.equal(given.foreground_mask_N, expected.foreground_mask_N)
+    assert list(given.features) == list(expected.features)
+    for layer, x_NC in expected.features.items():
+        assert given.features[layer].dtype == x_NC.dtype
+        assert torch.equal(given.features[layer], x_NC)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cache")
-    save_cache(directory)
+    pieces = pieces_at(directory)
+    for step in STEPS:
+        RECORDING.put(pieces, step)
+    write_manifest(directory, manifest_of(torch.float32))
     return directory
 
 
@@ -76,117 +74,120 @@ def directory(saved: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_loaded_is_bitwise_what_was_saved(tmp_path: Path, dtype: torch.dtype) -> None:
-    saved = save_cache(tmp_path, dtype)
-    loaded = FileKVStore.load(tmp_path)
-    for field in fields(IdentityCache):
-        if field.name not in ("foreground_mask_N", "features", "store"):
-            assert getattr(loaded, field.name) == getattr(saved, field.name)
-    assert torch.equal(loaded.foreground_mask_N, saved.foreground_mask_N)
-    assert loaded.foreground_mask_N.dtype == torch.bool
-    assert list(loaded.features) == [9, 3]
-    for layer in (9, 3):
-        assert loaded.features[layer].dtype == dtype
-        assert torch.equal(loaded.features[layer], saved.features[layer])
-    for site in (site for step in STEPS for site in sites_of(step, LAYERS, BOTH)):
-        for store in (loaded.store, saved.store):
-            shard, expected = store.get(site), shard_of(site, dtype)
-            assert shard.site == site
-            assert torch.equal(shard.key_BMHD, expected.key_BMHD)
-            assert torch.equal(shard.value_BMHD, expected.value_BMHD)
-            assert shard.key_BMHD.dtype == dtype
+def test_a_manifest_comes_back_as_it_was_written(directory: Path, dtype: torch.dtype) -> None:
+    write_manifest(directory, manifest_of(dtype))
+    check_manifest(read_manifest(directory), manifest_of(dtype))
+    read_manifest(directory).check(LAYOUT, records=MIXED, match_layers=(3,), config_hash=CONFIG)
 
 
-def test_a_loaded_cache_lets_its_reader_in(directory: Path) -> None:
-    FileKVStore.load(directory).check(
-        LAYOUT, steps=STEPS, layers=LAYERS, branches=BOTH, match_layers=(3,), config_hash=CONFIG
-    )
+def test_a_manifest_without_mask_and_features_comes_back(directory: Path) -> None:
+    write_manifest(directory, EMPTY)
+    assert read_manifest(directory) == EMPTY
 
 
-def test_bytes_are_those_of_keys_and_values(directory: Path) -> None:
-    assert new_store(directory / "empty").nbytes == 0
-    assert FileKVStore.load(directory).store.nbytes == 2 * 4 * 2 * (12 * 3 * 5 * 4)
+def test_a_cache_without_pieces_comes_back(tmp_path: Path) -> None:
+    write_manifest(tmp_path, replace(EMPTY, records=Records()))
+    assert read_manifest(tmp_path).records == Records()
+
+
+def test_a_file_names_its_tensors_by_layer_branch_and_kind(saved: Path) -> None:
+    names = {f"{site.layer}.{site.branch}.{kind}" for site, kind in MIXED.pieces(3)}
+    with safe_open(saved / "step-003.safetensors", framework="pt") as file:
+        assert set(file.keys()) == names | {"positions"}
+        assert file.get_tensor("4.cond.out").shape == (1, 3, 6, 5)
+    assert {"0.cond.query", "6.uncond.query", "6.uncond.value"} < names
 
 
 def test_writing_into_a_shard_never_reaches_the_file(directory: Path) -> None:
-    store, site = FileKVStore.load(directory).store, AttentionSite(0, 1, "cond")
-    store.get(site).key_BMHD.fill_(7)
-    assert torch.equal(store.get(site).key_BMHD, shard_of(site).key_BMHD)
+    pieces = pieces_at(directory)
+    pieces.get(SITE).pieces["out"].fill_(7)
+    RECORDING.check(pieces, SITE)
 
 
 def test_a_step_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    store = new_store(tmp_path)
-    *first, last = sites_of(0, LAYERS, BOTH)
+    pieces = pieces_at(tmp_path)
+    *first, last = MIXED.sites(2)
     for site in first:
-        store.put(shard_of(site))
-    with pytest.raises(CacheMissError, match=r"there is no .*step-000.safetensors: render the"):
-        store.get(first[0])
+        pieces.put(RECORDING.shard(site))
+    with pytest.raises(CacheMissError, match=r"there is no .*step-002.safetensors: render the"):
+        pieces.get(first[0])
     assert list(tmp_path.iterdir()) == []
-    store.put(shard_of(last))
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000.safetensors"]
-    assert not store._pending  # else every step would stay in memory
-    assert torch.equal(store.get(first[0]).key_BMHD, shard_of(first[0]).key_BMHD)
+    pieces.put(RECORDING.shard(last))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-002.safetensors"]
+    assert not pieces._pending  # else every step would stay in memory
+    RECORDING.check(pieces, first[0])
 
 
 def test_a_step_that_is_put_again_replaces_the_first(directory: Path) -> None:
-    store, site = new_store(directory), AttentionSite(2, 4, "uncond")
-    put_step(store, 2, base=1000)
-    assert torch.equal(store.get(site).key_BMHD, shard_of(site, base=1000).key_BMHD)
+    pieces, again = pieces_at(directory), replace(RECORDING, version=1)
+    for _ in range(2):
+        again.put(pieces, 2)
+    again.check(pieces, SITE)
+    assert pieces.nbytes == len(MIXED.pieces(2)) * 3 * 6 * 5 * 4
 
 
-def test_a_cache_is_saved_only_when_its_steps_are_there(tmp_path: Path) -> None:
-    store = new_store(tmp_path)
-    put_step(store, 0)
-    cache = IdentityCache(
-        LAYOUT, (0, 2), LAYERS, BOTH, torch.zeros(12, dtype=torch.bool), {}, 0, CONFIG, store
-    )
-    with pytest.raises(CacheMissError, match=r"lacks the files of steps \[2\]: render its"):
-        store.save(cache)
+def test_only_what_is_recorded_is_put_and_of_one_row_set(tmp_path: Path) -> None:
+    pieces = pieces_at(tmp_path)
+    with pytest.raises(AssertionError, match="other kinds than recorded"):
+        pieces.put(Recording(KEYS_AND_VALUES).shard(SITE))
+    first, *others, last = MIXED.sites(2)
+    pieces.put(replace(RECORDING, rows=(0, 3, 5)).shard(first))
+    for site in others:
+        pieces.put(RECORDING.shard(site))
+    with pytest.raises(AssertionError, match="the row set is a fixed one"):
+        pieces.put(RECORDING.shard(last))
+
+
+def test_a_cache_is_completed_only_when_its_steps_are_there(tmp_path: Path) -> None:
+    RECORDING.put(pieces_at(tmp_path), 0)
+    with pytest.raises(CacheMissError, match=r"lacks the files of steps \[2, 3\]: render its"):
+        write_manifest(tmp_path, EMPTY)
     with pytest.raises(CacheMissError, match=r"there is no .*manifest.safetensors: render"):
-        FileKVStore.load(tmp_path)
-    store.save(replace(cache, steps=(0,)))
-    assert FileKVStore.load(tmp_path).steps == (0,)
+        read_manifest(tmp_path)
 
 
 def test_a_cache_that_lost_a_step_is_refused(directory: Path) -> None:
     (directory / "step-002.safetensors").unlink()
     with pytest.raises(CacheMissError, match=r"lacks the files of steps \[2\]: render its"):
-        FileKVStore.load(directory)
+        read_manifest(directory)
 
 
 def test_a_site_that_was_not_recorded_is_a_miss(directory: Path) -> None:
-    store = FileKVStore.load(directory).store
-    with pytest.raises(CacheMissError, match=r"has no layer 2, branch cond: it holds layers \[1,"):
-        store.get(AttentionSite(0, 2, "cond"))
-    with pytest.raises(CacheMissError, match=r"there is no .*step-001"):
-        store.get(AttentionSite(1, 1, "cond"))
+    pieces = pieces_at(directory)
+    with pytest.raises(CacheMissError, match="nothing is recorded at step 2, layer 5, branch cond"):
+        pieces.get(AttentionSite(2, 5, "cond"))
+    with pytest.raises(CacheMissError, match="nothing is recorded at step 1, layer 4, branch cond"):
+        pieces.get(AttentionSite(1, 4, "cond"))
+    other = pieces_at(directory, KEYS_AND_VALUES)
+    with pytest.raises(CacheMissError, match=r"lacks the pieces \['8.cond.key', '8.cond.value'\]"):
+        other.get(AttentionSite(2, 8, "cond"))
 
 
 def test_a_step_of_another_config_or_place_is_refused(directory: Path) -> None:
-    site = AttentionSite(0, 1, "cond")
-    with pytest.raises(CacheMissError, match="under config aaaaaaaaaaaa, wanted is step 0 under b"):
-        new_store(directory, "b" * 64).get(site)
-    (directory / "step-002.safetensors").replace(directory / "step-000.safetensors")
-    with pytest.raises(CacheMissError, match="is of step 2 under config"):
-        new_store(directory).get(site)
+    with pytest.raises(CacheMissError, match="under config aaaaaaaaaaaa, wanted is step 2 under b"):
+        pieces_at(directory, config_hash="b" * 64).get(SITE)
+    (directory / "step-003.safetensors").replace(directory / "step-002.safetensors")
+    with pytest.raises(CacheMissError, match="is of step 3 under config"):
+        pieces_at(directory).get(SITE)
 
 
-@pytest.mark.parametrize("name", ["step-000.safetensors", "manifest.safetensors"])
+@pytest.mark.parametrize("name", ["step-002.safetensors", "manifest.safetensors"])
 @pytest.mark.parametrize("num_bytes", [0, 4, 300, -1])
 def test_a_file_that_is_cut_short_is_refused(directory: Path, name: str, num_bytes: int) -> None:
     path = directory / name
     path.write_bytes(path.read_bytes()[:num_bytes])
     with pytest.raises(CorruptShardError, match=r"is damaged: .* delete it and render the"):
-        FileKVStore.load(directory).store.get(AttentionSite(0, 1, "cond"))
+        open_and_get(directory)
 
 
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("step-000", '"dtype":"F32"', '"dtype":"I32"'),
-        ("step-000", "[1,12,3,5]", "[1,12,5,3]"),
-        ("step-000", '"header"', '"heeder"'),
-        ("step-000", "1.cond.key", "2.cond.key"),
+        ("step-002", '"dtype":"F32"', '"dtype":"I32"'),
+        ("step-002", "[1,3,6,5]", "[1,3,5,6]"),
+        ("step-002", '"header"', '"heeder"'),
+        ("step-002", '"4.cond.key"', '"5.cond.key"'),
+        ("step-002", '"positions"', '"position_"'),
         ("manifest", '\\"seed\\": 17', '\\"seed\\": 18'),
     ],
 )
@@ -198,53 +199,73 @@ def test_a_header_that_was_changed_is_refused(
     assert old.encode() in data
     path.write_bytes(data.replace(old.encode(), new.encode()))
     with pytest.raises(CorruptShardError, match="is damaged"):
-        FileKVStore.load(directory).store.get(AttentionSite(0, 1, "cond"))
+        open_and_get(directory)
+
+
+@pytest.mark.parametrize(("old", "new"), [("key", "value"), ("value", "out")])
+def test_a_swapped_kind_is_found(directory: Path, old: str, new: str) -> None:
+    path = directory / "step-002.safetensors"
+    first, second = f'"4.cond.{old}":{{'.encode(), f'"4.cond.{new}":{{'.encode()
+    data = path.read_bytes()
+    assert data.count(first) == data.count(second) == 1
+    swapped = (
+        data.replace(first, b"<the first>").replace(second, first).replace(b"<the first>", second)
+    )
+    assert len(swapped) == len(data)
+    path.write_bytes(swapped)
+    with pytest.raises(CorruptShardError, match=r"its tensor 4.cond.\w+ was changed"):
+        open_and_get(directory)
+
+
+def test_a_swapped_row_set_is_found(directory: Path) -> None:
+    path, positions = directory / "step-002.safetensors", torch.tensor([0, 3, 4])
+    data, rows = path.read_bytes(), positions.numpy().tobytes()
+    assert data.count(rows) == 1
+    path.write_bytes(data.replace(rows, (positions + 1).numpy().tobytes()))
+    with pytest.raises(CorruptShardError, match="its tensor positions was changed"):
+        open_and_get(directory)
 
 
 def test_a_file_of_somebody_else_is_refused(directory: Path) -> None:
     save_file({"x": torch.zeros(1)}, directory / "manifest.safetensors")
     with pytest.raises(CorruptShardError, match="is damaged"):
-        FileKVStore.load(directory)
+        read_manifest(directory)
+
+
+def open_and_get(directory: Path) -> None:
+    manifest = read_manifest(directory)
+    pieces_at(directory, manifest.records, manifest.config_hash).get(SITE)
 
 
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    name=st.sampled_from(["step-000.safetensors", "manifest.safetensors"]),
+    name=st.sampled_from(["step-002.safetensors", "manifest.safetensors"]),
     position=st.floats(0, 1, exclude_max=True),
     change=st.integers(1, 255),
 )
 def test_no_changed_byte_changes_what_is_read(
     saved: Path, directory: Path, name: str, position: float, change: int
 ) -> None:
-    data = bytearray((saved / name).read_bytes())
+    whole = (saved / name).read_bytes()
+    data = bytearray(whole)
     data[int(position * len(data))] ^= change
     (directory / name).write_bytes(data)
-    expected = FileKVStore.load(saved)
     try:
-        cache = FileKVStore.load(directory)
-        shards = [cache.store.get(site) for site in sites_of(0, LAYERS, BOTH)]
+        manifest, pieces = read_manifest(directory), pieces_at(directory)
+        for site in MIXED.sites(2):
+            RECORDING.check(pieces, site)
     except CacheMissError:
         return
-    facts = (
-        cache.layout,
-        cache.steps,
-        cache.layers,
-        cache.branches,
-        cache.seed,
-        list(cache.features),
-    )
-    assert facts == (LAYOUT, STEPS, LAYERS, BOTH, 17, [9, 3])
-    assert torch.equal(cache.foreground_mask_N, expected.foreground_mask_N)
-    for layer, x in expected.features.items():
-        assert torch.equal(cache.features[layer], x)
-    for shard in shards:
-        assert torch.equal(shard.key_BMHD, shard_of(shard.site).key_BMHD)
-        assert torch.equal(shard.value_BMHD, shard_of(shard.site).value_BMHD)
+    finally:
+        (directory / name).write_bytes(whole)
+    check_manifest(manifest, manifest_of(torch.float32))
 
 
 def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkerError, match=r"cannot write .* set cache.directory to another place"):
-        put_step(new_store(tmp_path / "file"), 0)
+        RECORDING.put(pieces_at(tmp_path / "file"), 0)
+    with pytest.raises(WorkerError, match=r"cannot write .* set cache.directory to another place"):
+        write_manifest(tmp_path / "file", replace(EMPTY, records=Records()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,17 +13,18 @@ from torch import Tensor
 
 from bachvid.attention.attend import attend, controlled_attention
 from bachvid.attention.context import RunContext
-from bachvid.attention.control import QKV, AttentionControl, AttentionSite, KVGroup
+from bachvid.attention.control import QKV, AttentionControl, KVGroup
 from bachvid.attention.rotary import Rotary
 from bachvid.errors import CacheMissError, LayoutError, WorkerError
-from bachvid.inputs.config import MethodConfig
-from bachvid.kv.cache import IdentityCache, KVShard, MemoryKVStore
+from bachvid.kv.cache import IdentityManifest, MemoryPieces, SceneCache, Shard
 from bachvid.layout.gangs import Branch
+from bachvid.layout.records import AttentionSite, Records, RecordSet
 from bachvid.layout.tokens import TokenLayout
-from bachvid.methods import build_method
-from bachvid.methods.bachvid import BachVid, FrameInjector, PrePassInjector, VideoObserver
-from bachvid.methods.base import Method, MethodSettings, Observation
-from bachvid.methods.none import Vanilla
+from bachvid.methods.bachvid import BachVid, ResolvedBachVid
+from bachvid.methods.base import Observation, RunControl, RunInputs
+from bachvid.methods.controls.injecting import FrameInjector, PrePassInjector
+from bachvid.methods.controls.observing import VideoObserver
+from bachvid.methods.none import ResolvedNone, Vanilla
 from bachvid.methods.ops.masks import ForegroundMask, MaskRecovery
 from bachvid.prompts.tokenizer import TokenizedPrompt
 
@@ -36,22 +36,20 @@ PROMPT = TokenizedPrompt(
     rows={"background": (0, 1), "character": (3, 4), "action": (5,)},
     num_tokens=7,
 )
-SETTINGS = MethodSettings(
+CONFIG = ResolvedBachVid(
     vital_layers=(1, 3),
     mask_layers=(0, 2),
     match_layers=(1, 2),
     mask_step=2,
+    mask_words="all",
     inject_steps=(0, 4),
-    reads=((1, 2), (0, 1, 2, 3)),
-    recorded_steps=(0, 1, 2, 3),
-    branches=("uncond", "cond"),
+    branches="both",
+    pre_passes=1,
     pre_pass_injection="background",
     match_threshold=0.1,
-    mask_softmax="joint",
     match_within="video",
-    morphology=False,
-    on_empty_mask="adapt",
 )
+PLAIN = CONFIG.model_copy(update={"pre_pass_injection": "none"})
 BRANCHES: tuple[Branch, ...] = ("uncond", "cond")
 
 
@@ -104,24 +102,66 @@ def new_run(rotary: Rotary | None = None) -> RunContext:
     return RunContext(LAYOUT, rotary or table(), branches=BRANCHES)
 
 
-def method(settings: MethodSettings = SETTINGS) -> BachVid:
-    return BachVid(settings, config_hash="c" * 64)
+def but(config: ResolvedBachVid, **changes: object) -> ResolvedBachVid:
+    return config.model_copy(update=changes)
 
 
-def render_identity(settings: MethodSettings = SETTINGS) -> IdentityCache:
-    run = new_run()
-    control = method(settings).identity_control(
-        run, PROMPT, MemoryKVStore(), steps=settings.recorded_steps
+def method(config: ResolvedBachVid = CONFIG) -> BachVid:
+    return BachVid(config, num_steps=STEPS)
+
+
+def recorder(
+    context: RunContext, sink: MemoryPieces, config: ResolvedBachVid = CONFIG
+) -> RunControl:
+    (run,) = method(config).runs("identity")
+    return method(config).control(
+        "identity", 0, RunInputs(run, context, PROMPT, MemoryPieces(), sink)
     )
-    TinyTransformer().render(run, control, seed=1)
-    return control.cache(seed=1)
 
 
-def observe(settings: MethodSettings, cache: IdentityCache | None, seed: int = 2) -> Observation:
-    run = new_run()
-    control = method(settings).pre_pass_control(run, PROMPT, cache)
-    TinyTransformer().render(run, control, seed=seed, stop_after=settings.mask_step)
+def control_of(
+    number: int,
+    context: RunContext,
+    scene: SceneCache | None = None,
+    *earlier: Observation,
+    config: ResolvedBachVid = CONFIG,
+    prompt: TokenizedPrompt = PROMPT,
+) -> RunControl:
+    """Return the control of a run of a frame video; -1 is the main run."""
+    runs = method(config).runs("frame")
+    given = RunInputs(runs[number], context, prompt, MemoryPieces(), None, scene, earlier)
+    return method(config).control("frame", range(len(runs))[number], given)
+
+
+def seen_by(control: RunControl) -> Observation:
+    assert control.observation is not None
     return control.observation
+
+
+def mask_of(observation: Observation) -> ForegroundMask:
+    assert observation.foreground is not None
+    return observation.foreground
+
+
+def identity_mask(scene: SceneCache) -> Tensor:
+    assert scene.manifest.foreground_mask_N is not None
+    return scene.manifest.foreground_mask_N
+
+
+def render_identity(config: ResolvedBachVid = CONFIG) -> SceneCache:
+    context, pieces = new_run(), MemoryPieces()
+    control = recorder(context, pieces, config)
+    TinyTransformer().render(context, control, seed=1)
+    seen, records = seen_by(control), method(config).records
+    manifest = IdentityManifest(LAYOUT, records, mask_of(seen).mask_N, seen.features, 1, "c" * 64)
+    return SceneCache(manifest, pieces)
+
+
+def observe(config: ResolvedBachVid, scene: SceneCache | None, seed: int = 2) -> Observation:
+    context = new_run()
+    control = control_of(0, context, scene, config=config)
+    TinyTransformer().render(context, control, seed=seed, stop_after=config.mask_step)
+    return seen_by(control)
 
 
 class SiteLog(AttentionControl):
@@ -165,7 +205,7 @@ def reference_score(log: SiteLog, step: int, softmax: str, layers: tuple[int, ..
     return score_N
 
 
-def reference_out(qkv: QKV, shard: KVShard, injector: FrameInjector) -> Tensor:
+def reference_out(qkv: QKV, shard: Shard, injector: FrameInjector) -> Tensor:
     """Eq. (12)-(14) by loops in float64: the attention output of every row, one branch."""
     tokens, rotary = injector.injected, table()
     query, key = (rotary.rotate_joint(x, LAYOUT)[0].double() for x in qkv[:2])
@@ -181,9 +221,9 @@ def reference_out(qkv: QKV, shard: KVShard, injector: FrameInjector) -> Tensor:
             if row - LAYOUT.text_tokens not in positions.tolist():
                 continue
             for position, index in zip(positions.tolist(), indices.tolist(), strict=True):
-                one_key = shard.key_BMHD[:, index : index + 1]
+                one_key = shard.pieces["key"][:, index : index + 1]
                 keys.append(rotary.rotate(one_key, torch.tensor([position]))[0, 0].double())
-                values.append(shard.value_BMHD[0, index].double())
+                values.append(shard.pieces["value"][0, index].double())
         for h in range(HEADS):
             logits = torch.stack([query[row, h] @ k[h] for k in keys]) / WIDTH**0.5
             out[row, h] = logits.softmax(0) @ torch.stack([v[h] for v in values])
@@ -193,7 +233,7 @@ def reference_out(qkv: QKV, shard: KVShard, injector: FrameInjector) -> Tensor:
 def test_recording_leaves_the_video_unchanged() -> None:
     run = new_run()
     expected = TinyTransformer().render(run, AttentionControl(), seed=1)
-    control = method().identity_control(run, PROMPT, MemoryKVStore(), steps=())
+    control = recorder(run, MemoryPieces())
     actual = TinyTransformer().render(run, control, seed=1)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
@@ -202,25 +242,30 @@ def test_recording_leaves_the_video_unchanged() -> None:
 def test_the_recorder_keeps_vital_layers_recorded_steps_and_its_branches(
     branches: tuple[Branch, ...],
 ) -> None:
-    cache, log = render_identity(replace(SETTINGS, branches=branches)), plain_log(seed=1)
+    cache, log = (
+        render_identity(but(CONFIG, branches="both" if len(branches) == 2 else "cond")),
+        plain_log(seed=1),
+    )
     kept = 0
     for site, qkv in log.qkv.items():
         if site.step < 4 and site.layer in (1, 3) and site.branch in branches:
-            shard = cache.store.get(site)
-            assert torch.equal(shard.key_BMHD, qkv.key_BSHD[:, LAYOUT.video_rows])
-            assert torch.equal(shard.value_BMHD, qkv.value_BSHD[:, LAYOUT.video_rows])
+            shard = cache.source.get(site)
+            assert torch.equal(shard.pieces["key"], qkv.key_BSHD[:, LAYOUT.video_rows])
+            assert torch.equal(shard.pieces["value"], qkv.value_BSHD[:, LAYOUT.video_rows])
             kept += shard.nbytes
         else:
             with pytest.raises(CacheMissError):
-                cache.store.get(site)
-    assert cache.store.nbytes == kept > 0
-    assert (cache.steps, cache.layers, cache.branches) == ((0, 1, 2, 3), (1, 3), branches)
-    assert (cache.seed, cache.config_hash, cache.layout) == (1, "c" * 64, LAYOUT)
+                cache.source.get(site)
+    assert isinstance(cache.source, MemoryPieces)
+    assert cache.source.nbytes == kept > 0
+    kinds = RecordSet(("key", "value"), (1, 3), (0, 1, 2, 3), branches)
+    assert cache.manifest.records == Records((kinds,))
+    assert kept == cache.manifest.records.num_pieces * LAYOUT.video_tokens * CHANNELS * 4
 
 
 def test_the_recorder_copies_and_hands_on_what_it_was_given() -> None:
-    run, store = new_run(), MemoryKVStore()
-    control = method().identity_control(run, PROMPT, store, steps=SETTINGS.recorded_steps)
+    run, store = new_run(), MemoryPieces()
+    control = recorder(run, store)
     site = AttentionSite(0, 1, "cond")
     qkv = plain_log(seed=1).qkv[site]
     before = QKV(*(x.clone() for x in qkv))
@@ -228,24 +273,24 @@ def test_the_recorder_copies_and_hands_on_what_it_was_given() -> None:
     assert all(torch.equal(x, y) for x, y in zip(qkv, before, strict=True))
     qkv.key_BSHD.zero_()
     expected = before.key_BSHD[:, LAYOUT.video_rows]
-    assert torch.equal(store.get(site).key_BMHD, expected)
+    assert torch.equal(store.get(site).pieces["key"], expected)
 
 
 @pytest.mark.parametrize("softmax", ["joint", "text"])
 def test_the_mask_equals_its_definition(softmax: str) -> None:
-    settings = replace(SETTINGS, mask_softmax=softmax, pre_pass_injection="none")
+    settings = but(PLAIN, mask_softmax=softmax)
     observation, log = observe(settings, None), plain_log(seed=2)
-    expected_N = reference_score(log, 2, softmax, SETTINGS.mask_layers)
+    expected_N = reference_score(log, 2, softmax, CONFIG.mask_layers)
     torch.testing.assert_close(
-        observation.foreground.score_N.double(), expected_N, rtol=1e-4, atol=1e-7
+        mask_of(observation).score_N.double(), expected_N, rtol=1e-4, atol=1e-7
     )
-    assert torch.equal(observation.foreground.mask_N, expected_N >= 0)
-    assert 0 < int(observation.foreground.mask_N.sum()) < LAYOUT.video_tokens
+    assert torch.equal(mask_of(observation).mask_N, expected_N >= 0)
+    assert 0 < int(mask_of(observation).mask_N.sum()) < LAYOUT.video_tokens
     assert observation.recoveries == ()
 
 
 def test_features_are_the_conditional_outputs_at_the_mask_step() -> None:
-    observation = observe(replace(SETTINGS, pre_pass_injection="none"), None)
+    observation = observe(PLAIN, None)
     log = plain_log(seed=2)
     assert list(observation.features) == [1, 2]
     for layer, feature_NC in observation.features.items():
@@ -254,27 +299,23 @@ def test_features_are_the_conditional_outputs_at_the_mask_step() -> None:
 
 
 def test_identity_and_pre_pass_observe_alike() -> None:
-    settings = replace(SETTINGS, pre_pass_injection="none")
+    settings = PLAIN
     cache, observation = render_identity(settings), observe(settings, None, seed=1)
-    assert torch.equal(cache.foreground_mask_N, observation.foreground.mask_N)
+    assert torch.equal(identity_mask(cache), mask_of(observation).mask_N)
     for layer, feature_NC in observation.features.items():
-        assert torch.equal(cache.features[layer], feature_NC)
+        assert torch.equal(cache.manifest.features[layer], feature_NC)
 
 
 def test_a_run_that_ended_too_early_has_no_observation() -> None:
     run = new_run()
-    control = method().identity_control(run, PROMPT, MemoryKVStore(), steps=())
+    control = recorder(run, MemoryPieces())
     TinyTransformer().render(run, control, seed=1, stop_after=1)
-    with pytest.raises(WorkerError, match="must go through step 2, and its model through the"):
-        control.cache(seed=1)
-    maskless = VideoObserver(run, PROMPT, replace(SETTINGS, match_layers=()))
-    with pytest.raises(WorkerError, match="no mask and features yet"):
-        _ = maskless.observation
+    assert control.observation is None
 
 
-def frame_injector(settings: MethodSettings, cache: IdentityCache) -> FrameInjector:
-    observation = observe(settings, cache)
-    injector = method(settings).frame_control(new_run(), PROMPT, cache, observation)
+def frame_injector(config: ResolvedBachVid, cache: SceneCache) -> FrameInjector:
+    injector = control_of(-1, new_run(), cache, observe(config, cache), config=config)
+    assert isinstance(injector, FrameInjector)
     assert len(injector.injected.foreground_rows_Q) > 0
     assert len(injector.injected.background_rows_Q) > 0
     return injector
@@ -282,20 +323,20 @@ def frame_injector(settings: MethodSettings, cache: IdentityCache) -> FrameInjec
 
 def test_injection_equals_its_definition_in_each_branch() -> None:
     cache, log = render_identity(), plain_log(seed=2)
-    injector = frame_injector(SETTINGS, cache)
+    injector = frame_injector(CONFIG, cache)
     sites = [AttentionSite(3, 1, branch) for branch in BRANCHES]
     batch = QKV(*(torch.cat(x) for x in zip(*(log.qkv[s] for s in sites), strict=True)))
     run = new_run()
     run.step = 3
     out_BSC = controlled_attention(run, injector, 1, batch)
     for i, site in enumerate(sites):
-        expected_SC = reference_out(log.qkv[site], cache.store.get(site), injector)
+        expected_SC = reference_out(log.qkv[site], cache.source.get(site), injector)
         torch.testing.assert_close(out_BSC[i].double(), expected_SC, rtol=1e-5, atol=1e-6)
 
 
 def test_text_and_unmatched_rows_see_no_identity_keys() -> None:
     cache, log = render_identity(), plain_log(seed=2)
-    injector, site = frame_injector(SETTINGS, cache), AttentionSite(0, 1, "cond")
+    injector, site = frame_injector(CONFIG, cache), AttentionSite(0, 1, "cond")
     run = new_run()
     groups = injector.extra(site, log.qkv[site])
     out = attend(log.qkv[site], groups, run.rotary, LAYOUT)[0].flatten(1)
@@ -308,14 +349,14 @@ def test_text_and_unmatched_rows_see_no_identity_keys() -> None:
 
 
 def test_matched_within_the_foreground_every_foreground_token_finds_one() -> None:
-    settings = replace(SETTINGS, match_within="foreground", match_threshold=-1.0)
+    settings = but(CONFIG, match_within="foreground", match_threshold=-1.0)
     cache = render_identity(settings)
     injector = frame_injector(settings, cache)
-    mask_N = injector.observation.foreground.mask_N
+    mask_N = mask_of(injector.observation).mask_N
     tokens = injector.injected
     assert torch.equal(tokens.foreground_positions_Q, mask_N.nonzero().flatten())
-    assert bool(cache.foreground_mask_N[tokens.identity_index_Q].all())
-    whole = frame_injector(replace(settings, match_within="video"), cache).injected
+    assert bool(identity_mask(cache)[tokens.identity_index_Q].all())
+    whole = frame_injector(but(settings, match_within="video"), cache).injected
     assert len(whole.foreground_rows_Q) < len(tokens.foreground_rows_Q)
 
 
@@ -328,7 +369,7 @@ def injected_sites(control: AttentionControl) -> set[AttentionSite]:
 def test_injection_is_in_vital_layers_configured_steps_and_branches(
     branches: tuple[Branch, ...],
 ) -> None:
-    settings = replace(SETTINGS, branches=branches, inject_steps=(1, 3))
+    settings = but(CONFIG, branches="both" if len(branches) == 2 else "cond", inject_steps=(1, 3))
     injector = frame_injector(settings, render_identity(settings))
     assert injected_sites(injector) == {
         AttentionSite(step, layer, branch)
@@ -340,8 +381,8 @@ def test_injection_is_in_vital_layers_configured_steps_and_branches(
 
 def test_injection_changes_the_video_and_the_branches_chosen_matter() -> None:
     videos = []
-    for branches in (BRANCHES, ("cond",)):
-        settings = replace(SETTINGS, branches=branches, pre_pass_injection="none")
+    for branches in ("both", "cond"):
+        settings = but(PLAIN, branches=branches)
         run, cache = new_run(), render_identity(settings)
         injector = frame_injector(settings, cache)
         videos.append(TinyTransformer().render(run, injector, seed=2))
@@ -352,11 +393,13 @@ def test_injection_changes_the_video_and_the_branches_chosen_matter() -> None:
 
 def test_each_branch_reads_its_own_shards() -> None:
     cache = render_identity()
-    injector, log = frame_injector(SETTINGS, cache), plain_log(seed=2)
+    injector, log = frame_injector(CONFIG, cache), plain_log(seed=2)
     uncond, cond = (AttentionSite(0, 1, branch) for branch in BRANCHES)
     before = [injector.extra(site, log.qkv[site]) for site in (uncond, cond)]
-    kept = cache.store.get(uncond)
-    cache.store.put(KVShard(uncond, kept.key_BMHD + 1, kept.value_BMHD))
+    kept = cache.source.get(uncond)
+    changed = {"key": kept.pieces["key"] + 1, "value": kept.pieces["value"]}
+    assert isinstance(cache.source, MemoryPieces)
+    cache.source.put(Shard(uncond, changed))
     after = [injector.extra(site, log.qkv[site]) for site in (uncond, cond)]
     assert torch.equal(after[0][0].key_BMHD, before[0][0].key_BMHD + 1)
     assert torch.equal(after[1][0].key_BMHD, before[1][0].key_BMHD)
@@ -366,10 +409,10 @@ def test_a_video_injected_into_itself_counts_its_background_twice() -> None:
     """Every token background, the same keys again: as if their logits were log 2 higher."""
     cache, log = render_identity(), plain_log(seed=1)
     nowhere = torch.zeros(LAYOUT.video_tokens, dtype=torch.bool)
-    cache = replace(cache, foreground_mask_N=nowhere)
-    observation = Observation(ForegroundMask(nowhere, nowhere.float(), None), cache.features, ())
+    cache = replace(cache, manifest=replace(cache.manifest, foreground_mask_N=nowhere))
+    nothing = ForegroundMask(nowhere, nowhere.float(), None)
     run = new_run()
-    injector = FrameInjector(run, SETTINGS, cache=cache, observation=observation)
+    injector = control_of(-1, run, cache, Observation(nothing, cache.manifest.features))
     site = AttentionSite(1, 3, "cond")
     qkv = log.qkv[site]
     actual = attend(qkv, injector.extra(site, qkv), run.rotary, LAYOUT)
@@ -384,7 +427,7 @@ def test_a_video_injected_into_itself_counts_its_background_twice() -> None:
 
 def test_a_pre_pass_injects_background_from_step_1_by_the_previous_mask() -> None:
     cache, run = render_identity(), new_run()
-    control = method().pre_pass_control(run, PROMPT, cache)
+    control = control_of(0, run, cache)
     assert isinstance(control, PrePassInjector)
     TinyTransformer().render(run, control, seed=2, stop_after=2)
     assert sorted(control.masks) == [0, 1, 2]
@@ -396,14 +439,14 @@ def test_a_pre_pass_injects_background_from_step_1_by_the_previous_mask() -> Non
     }
     site = AttentionSite(2, 1, "cond")
     (group,) = control.extra(site, plain_log(seed=2).qkv[site])
-    expected_N = ~(control.masks[1].mask_N | cache.foreground_mask_N)
+    expected_N = ~(control.masks[1].mask_N | identity_mask(cache))
     assert torch.equal(group.positions_M, expected_N.nonzero().flatten())
     assert torch.equal(group.query_rows_Q, group.positions_M + LAYOUT.text_tokens)
     assert not torch.equal(control.masks[1].mask_N, control.masks[0].mask_N)
 
 
 def test_a_pre_pass_with_injection_sees_the_injected_video() -> None:
-    settings, cache = replace(SETTINGS, inject_steps=(3, 4)), render_identity()
+    settings, cache = but(CONFIG, inject_steps=(3, 4)), render_identity()
     injected, vanilla = observe(settings, cache), plain_log(seed=2)
     feature_NC = injected.features[1]
     plain_NC = vanilla.out[AttentionSite(2, 1, "cond")][0, LAYOUT.video_rows]
@@ -411,21 +454,22 @@ def test_a_pre_pass_with_injection_sees_the_injected_video() -> None:
 
 
 def test_a_pre_pass_without_injection_needs_no_cache_and_one_mask() -> None:
-    settings, run = replace(SETTINGS, pre_pass_injection="none"), new_run()
-    control = method(settings).pre_pass_control(run, PROMPT, None)
+    run = new_run()
+    control = control_of(0, run, config=PLAIN)
     TinyTransformer().render(run, control, seed=2, stop_after=2)
     assert sorted(control.masks) == [2]
     assert injected_sites(control) == set()
 
 
 def test_a_repeated_pre_pass_sees_the_video_of_the_main_run() -> None:
-    settings, cache = replace(SETTINGS, pre_pass_injection="none"), render_identity()
+    settings = but(PLAIN, pre_passes=2)
+    cache = render_identity(settings)
     first = observe(settings, None)
     run, main_run = new_run(), new_run()
-    control = method(settings).pre_pass_control(run, PROMPT, cache, first)
+    control = control_of(1, run, cache, first, config=settings)
     TinyTransformer().render(run, control, seed=2, stop_after=2)
-    injector = method(settings).frame_control(main_run, PROMPT, cache, first)
-    assert injected_sites(control) == injected_sites(injector)
+    injector = control_of(-1, main_run, cache, first, config=settings)
+    assert injected_sites(control) == {s for s in injected_sites(injector) if s.step <= 2}
 
     class Logged(SiteLog):
         def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
@@ -433,51 +477,30 @@ def test_a_repeated_pre_pass_sees_the_video_of_the_main_run() -> None:
 
     log = Logged()
     TinyTransformer().render(main_run, log, seed=2)
-    for layer, feature_NC in control.observation.features.items():
+    for layer, feature_NC in seen_by(control).features.items():
         seen = log.out[AttentionSite(2, layer, "cond")][0, LAYOUT.video_rows]
         assert torch.equal(feature_NC, seen)
         assert not torch.equal(feature_NC, first.features[layer])
 
 
 def test_a_repeated_pre_pass_keeps_the_recoveries_of_the_one_before() -> None:
-    settings, cache = replace(SETTINGS, pre_pass_injection="none"), render_identity()
+    settings = but(PLAIN, pre_passes=2)
+    cache = render_identity(settings)
     first = observe(settings, None)
     found = MaskRecovery(step=2, found="empty", remedy="background_only", threshold=None)
     run = new_run()
-    control = method(settings).pre_pass_control(
-        run, PROMPT, cache, replace(first, recoveries=(found,))
-    )
+    control = control_of(1, run, cache, replace(first, recoveries=(found,)), config=settings)
     TinyTransformer().render(run, control, seed=2, stop_after=2)
-    assert control.observation.recoveries == (found,)
+    assert seen_by(control).recoveries == (found,)
 
 
 def test_a_main_run_restarts_as_if_there_had_been_no_pre_pass() -> None:
-    settings, run = replace(SETTINGS, pre_pass_injection="none"), new_run()
-    control = method(settings).pre_pass_control(run, PROMPT, None)
+    run = new_run()
+    control = control_of(0, run, config=PLAIN)
     TinyTransformer().render(run, control, seed=2, stop_after=2)
     restarted = TinyTransformer().render(run, AttentionControl(), seed=2)
     plain = TinyTransformer().render(new_run(), AttentionControl(), seed=2)
     assert torch.equal(restarted, plain)
-
-
-def test_a_cache_of_another_render_is_refused_before_a_frame_video() -> None:
-    cache, run = render_identity(), new_run()
-    observation = observe(SETTINGS, cache)
-    with pytest.raises(CacheMissError, match=r"set method\.pre_pass_injection=none"):
-        method().pre_pass_control(run, PROMPT, None)
-    for other in (
-        replace(cache, config_hash="d" * 64),
-        replace(cache, branches=("cond",)),
-        replace(cache, features={}),
-        replace(cache, steps=(0, 1)),
-    ):
-        with pytest.raises(CacheMissError):
-            method().frame_control(run, PROMPT, other, observation)
-        with pytest.raises(CacheMissError):
-            method().pre_pass_control(run, PROMPT, other)
-    other = replace(cache, layout=replace(LAYOUT, grid_width=5))
-    with pytest.raises(LayoutError, match="tokens must correspond"):
-        method().frame_control(run, PROMPT, other, observation)
 
 
 def test_empty_masks_are_recovered_and_reported() -> None:
@@ -485,87 +508,46 @@ def test_empty_masks_are_recovered_and_reported() -> None:
         PROMPT, rows={"background": (0, 1), "character": (0, 1), "action": (5,)}
     )  # equal masses: ties are foreground, so every mask is full
     run = new_run()
-    control = method().pre_pass_control(run, swapped, render_identity())
+    control = control_of(0, run, render_identity(), prompt=swapped)
     TinyTransformer().render(run, control, seed=2, stop_after=2)
-    recoveries = control.observation.recoveries
+    recoveries = seen_by(control).recoveries
     assert [(r.step, r.found, r.remedy) for r in recoveries] == [
         (step, "full", "background_only") for step in range(3)
     ]
-    strict = method(replace(SETTINGS, on_empty_mask="fail"))
-    control = strict.pre_pass_control(run, swapped, render_identity())
+    strict = but(CONFIG, on_empty_mask="fail")
+    control = control_of(0, run, render_identity(), config=strict, prompt=swapped)
     with pytest.raises(WorkerError, match="mask at step 2 is full"):
         TinyTransformer().render(run, control, seed=2, stop_after=2)
 
 
 def test_two_videos_in_one_batch_are_refused() -> None:
     run = RunContext(LAYOUT, table(), step=2, branches=("cond",))
-    control = method().identity_control(run, PROMPT, MemoryKVStore(), steps=())
+    control = recorder(run, MemoryPieces())
     qkv = QKV(*torch.randn(3, 2, LAYOUT.joint_tokens, HEADS, WIDTH))
     with pytest.raises(LayoutError, match="2 videos in one batch"):
         controlled_attention(run, control, 0, qkv)
 
 
-def test_a_model_without_rope_is_injected_with_one_warning(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    cache, bachvid = render_identity(), method()
-    observation = observe(SETTINGS, cache)
-    with caplog.at_level(logging.WARNING, logger="bachvid"):
-        for _ in range(2):
-            run = new_run(Rotary.none())
-            injector = bachvid.frame_control(run, PROMPT, cache, observation)
-    assert [record.message for record in caplog.records if "Eq. 12" in record.message] != []
-    assert len(caplog.records) == 1
+def test_a_model_without_rope_is_injected() -> None:
+    cache = render_identity()
+    run = new_run(Rotary.none())
+    injector = control_of(-1, run, cache, observe(CONFIG, cache))
     assert len(injected_sites(injector)) == 4 * 2 * 2
 
 
-CONFIG = MethodConfig(
-    vital_layers=(1, 3),
-    mask_layers=(0, 2),
-    match_layers=(1, 2),
-    mask_step=2,
-    inject_steps=(0, 4),
-    branches="both",
-    pre_passes=1,
-    pre_pass_injection="background",
-    match_threshold=0.1,
-    mask_softmax="joint",
-    match_within="video",
-)
-
-
-def test_a_resolved_config_becomes_settings() -> None:
-    assert MethodSettings.from_config(CONFIG) == SETTINGS
-    cond = CONFIG.model_copy(update={"branches": "cond", "inject_steps": (4, 6)})
-    expected = replace(
-        SETTINGS,
-        branches=("cond",),
-        inject_steps=(4, 6),
-        reads=((1, 2), (4, 5)),
-        recorded_steps=(1, 2, 4, 5),
-    )
-    assert MethodSettings.from_config(cond) == expected
-
-
-def test_the_config_names_the_method() -> None:
-    assert isinstance(build_method(CONFIG, config_hash="c"), BachVid)
-    none = CONFIG.model_copy(update={"name": "none"})
-    assert isinstance(build_method(none, config_hash="c"), Vanilla)
-
-
 def test_vanilla_observes_masks_and_changes_nothing() -> None:
-    vanilla: Method = build_method(CONFIG.model_copy(update={"name": "none"}), config_hash="c")
-    run, store = new_run(), MemoryKVStore()
-    plain = TinyTransformer().render(run, AttentionControl(), seed=2)
-    identity = vanilla.identity_control(run, PROMPT, store, steps=())
-    assert torch.equal(TinyTransformer().render(run, identity, seed=2), plain)
-    cache = identity.cache(seed=2)
-    assert (store.nbytes, cache.layers, cache.features) == (0, (), {})
-    assert vanilla.reads == ((),)  # one run, without a pre-pass
-    frame = vanilla.frame_control(run, PROMPT, cache, None)
-    assert isinstance(frame, VideoObserver)
-    assert torch.equal(TinyTransformer().render(run, frame, seed=2), plain)
-    observed = observe(replace(SETTINGS, pre_pass_injection="none"), None)
-    assert torch.equal(frame.observation.foreground.mask_N, observed.foreground.mask_N)
-    assert frame.injected is None
-    assert torch.equal(cache.foreground_mask_N, observed.foreground.mask_N)
+    config = ResolvedNone(mask_layers=(0, 2), mask_step=2, mask_words="all")
+    vanilla = Vanilla(config, num_steps=STEPS)
+    plain = TinyTransformer().render(new_run(), AttentionControl(), seed=2)
+    assert (vanilla.records.num_pieces, vanilla.matching) == (0, None)
+    observed = observe(PLAIN, None)
+    for role in ("identity", "frame"):
+        (run,) = vanilla.runs(role)  # without a pre-pass
+        assert (run.reads, run.records) == ((), ())
+        context, sink = new_run(), MemoryPieces()
+        given = RunInputs(run, context, PROMPT, MemoryPieces(), sink)
+        control = vanilla.control(role, 0, given)
+        assert isinstance(control, VideoObserver)
+        assert torch.equal(TinyTransformer().render(context, control, seed=2), plain)
+        assert torch.equal(mask_of(seen_by(control)).mask_N, mask_of(observed).mask_N)
+        assert (seen_by(control).features, control.injected, sink.nbytes) == ({}, None, 0)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bachvid.attention.control import AttentionSite
 from bachvid.errors import LayoutError
-from bachvid.kv.cache import KVShard
+from bachvid.kv.cache import Shard
+from bachvid.layout.records import AttentionSite
 from bachvid.layout.tokens import TokenLayout
 from bachvid.methods.ops.injection import inject_identity_kv, select_injected_tokens
 from bachvid.methods.ops.matching import TokenMatch
@@ -18,10 +18,10 @@ IDENTITY_MASK = torch.tensor([0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0], dtype=torch.b
 MATCH = TokenMatch(torch.tensor([2, 3, 1, 2]), torch.tensor([0.9, 0.9, 0.4, 0.5]))
 
 
-def random_shard(seed: int) -> KVShard:
+def random_shard(seed: int) -> Shard:
     generator = torch.Generator().manual_seed(seed)
     key, value = (torch.randn(1, 12, 2, 4, generator=generator) for _ in range(2))
-    return KVShard(AttentionSite(0, 0, "cond"), key, value)
+    return Shard(AttentionSite(0, 0, "cond"), {"key": key, "value": value})
 
 
 def test_foreground_needs_a_match_inside_the_identity_foreground() -> None:
@@ -65,11 +65,13 @@ def test_selection_and_injection_equal_a_plain_loop(seed: int) -> None:
         if frame[j]:
             source = int(match.index_Q[nth])
             if identity[source] and float(match.score_Q[nth]) >= 0.4:
-                expected.append((3 + j, j, shard.key_BMHD[0, source], shard.value_BMHD[0, source]))
+                expected.append(
+                    (3 + j, j, shard.pieces["key"][0, source], shard.pieces["value"][0, source])
+                )
             nth += 1
     for j in range(12):
         if not frame[j] and not identity[j]:
-            expected.append((3 + j, j, shard.key_BMHD[0, j], shard.value_BMHD[0, j]))
+            expected.append((3 + j, j, shard.pieces["key"][0, j], shard.pieces["value"][0, j]))
     assert [entry[:2] for entry in actual] == [entry[:2] for entry in expected]
     for (_, _, key, value), (_, _, expected_key, expected_value) in zip(
         actual, expected, strict=True

@@ -14,9 +14,8 @@ from pyarrow import parquet
 from rich.console import Console
 
 from bachvid.atomic import write_atomically
-from bachvid.engine.arrays import Frames
+from bachvid.engine.results import Frames
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
 from bachvid.metrics.evaluate import evaluate_run, vanilla_twin
 from bachvid.metrics.psnr_bg import CAP_DB
@@ -25,6 +24,7 @@ from bachvid.output.journal import RunHeader, VideoRecord
 from bachvid.output.mp4 import write_mp4
 from bachvid.output.pixels import enlarge
 from bachvid.output.run_directory import RunDirectory
+from bachvid.planning.config import RenderConfig
 from bachvid.storybook.judge import JudgeReading
 
 STORY = {

@@ -54,8 +54,8 @@ def test_a_committed_video_is_done_for_the_next_renderer(tmp_path: Path) -> None
     with RunDirectory(tmp_path / "run", HEADER) as run:
         record = render(run, "jumps")
     with RunDirectory(tmp_path / "run", HEADER) as run:
-        assert run.is_done("s", "jumps", [run.file("s", "jumps.mp4")])
-        assert not run.is_done("s", "waves", [run.file("s", "waves.mp4")])
+        assert not run.missing("s", "jumps", [run.file("s", "jumps.mp4")])
+        assert run.missing("s", "waves", [run.file("s", "waves.mp4")])
         assert run.missing("s", "jumps", [run.file("s", "frames", "jumps.npz")])
         found = run.record("s", "jumps")
     assert found is not None
@@ -214,7 +214,7 @@ from test_run_directory import HEADER, RunDirectory, render
 with RunDirectory(Path(sys.argv[1]), HEADER) as run:
     for index in range(40):
         video = f"v{index}"
-        if not run.is_done("s", video, [run.file("s", f"{video}.mp4")]):
+        if run.missing("s", video, [run.file("s", f"{video}.mp4")]):
             print(video, flush=True)
             render(run, video, content=video * 2000)
 """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bachvid.engine.arrays import Foreground, Frames
+from bachvid.engine.results import Foreground, Frames
 from bachvid.errors import LayoutError
 from bachvid.output.mp4 import read_metadata, read_mp4, write_mp4
 from bachvid.output.overlays import identity_colours, match_rows, overlay_mask, upsample_foreground

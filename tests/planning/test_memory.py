@@ -22,27 +22,28 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from bachvid.attention.context import RunContext
-from bachvid.attention.control import QKV, AttentionControl, AttentionSite, KVGroup
+from bachvid.attention.control import QKV, AttentionControl, KVGroup
 from bachvid.attention.groups import ALONE, SequenceGroup
 from bachvid.attention.parallel import JoinedGroup
 from bachvid.attention.rotary import Rotary
 from bachvid.catalog.facts import ModelFacts
-from bachvid.catalog.files import PartSize
-from bachvid.catalog.registry import PUBLISHED, load_facts
+from bachvid.catalog.files import ComponentSize
+from bachvid.catalog.registry import load_facts, published_models
 from bachvid.errors import ModelSupportError
-from bachvid.inputs.config import ModelConfig, RenderConfig
-from bachvid.kv.cache import KVShard
+from bachvid.inputs.sections import ModelConfig
 from bachvid.layout.gangs import Gang
-from bachvid.methods.ops.injection import InjectedTokens, inject_identity_kv
+from bachvid.layout.records import AttentionSite
 from bachvid.models import cogvideox, wan
 from bachvid.models.base import shard_tokens
 from bachvid.planning import memory
-from bachvid.planning.memory import PUBLISHED_PARTS, WeightBytes, rank_memory, weight_bytes
-from bachvid.planning.plan import identity_cache_bytes
-from bachvid.planning.resolve import resolve_config
+from bachvid.planning.config import RenderConfig, ResolvedConfig
+from bachvid.planning.memory import RankMemory, WeightBytes, rank_memory, weight_bytes
+from bachvid.planning.plan import records_bytes
+from bachvid.planning.resolve import build_method, resolve_config
 
 COG_2B, COG_5B = "THUDM/CogVideoX-2b", "THUDM/CogVideoX-5b"
 WAN_1B, WAN_14B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+PUBLISHED = published_models()
 MODELS = (COG_2B, COG_5B, WAN_1B, WAN_14B)
 KEPT = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")  # by diffusers, in Wan
 
@@ -97,10 +98,17 @@ def build_text_encoder(facts: ModelFacts) -> nn.Module:
         return T5EncoderModel(T5Config(vocab_size=32_128, **sizes))
 
 
-def resolved(facts: ModelFacts, *overrides: str) -> RenderConfig:
+def resolved(facts: ModelFacts, *overrides: str) -> ResolvedConfig:
     return resolve_config(
         RenderConfig.from_yaml(None, [f"model.id={facts.name}", *overrides]), facts
     )
+
+
+def memory_of(
+    facts: ModelFacts, gang: Gang, *overrides: str, renders_frames: bool = True
+) -> RankMemory:
+    config = resolved(facts, *overrides)
+    return rank_memory(config, facts, build_method(config), gang, renders_frames=renders_frames)
 
 
 @pytest.mark.parametrize("model_id", MODELS)
@@ -111,14 +119,14 @@ def test_the_weights_of_the_published_models_are_those_of_the_real_classes(model
         "vae": (build_vae(facts), ()),
         "text_encoder": (build_text_encoder(facts), ("wo",)),
     }
-    for part, (module, kept) in built.items():
+    for component, (module, kept) in built.items():
         sizes = {name: value.numel() for name, value in module.named_parameters()}
         fp32 = sum(n for name, n in sizes.items() if set(kept) & set(name.split(".")))
-        assert PUBLISHED_PARTS[model_id][part] == PartSize(sum(sizes.values()), fp32), part
+        assert facts.sizes is not None
+        assert facts.sizes[component] == ComponentSize(sum(sizes.values()), fp32), component
 
 
 def test_every_published_model_has_its_sizes() -> None:
-    assert PUBLISHED_PARTS.keys() == PUBLISHED.keys()
     for facts in PUBLISHED.values():
         transformer = build_transformer(facts)
         loaded = sum(value.numel() * value.itemsize for value in transformer.parameters())
@@ -194,19 +202,11 @@ class EveryTokenInjected(AttentionControl):
         self.key_BMHD = torch.empty(
             1, num_tokens, heads, facts.head_dim, device="meta", dtype=dtype
         )
-        positions = torch.empty(num_tokens, device="meta", dtype=torch.int64)
-        none = positions[:0]
-        self.tokens = InjectedTokens(
-            foreground_rows_Q=none,
-            foreground_positions_Q=none,
-            identity_index_Q=none,
-            background_rows_Q=positions,
-            background_positions_Q=positions,
-        )
+        self.positions = torch.empty(num_tokens, device="meta", dtype=torch.int64)
 
     def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
-        shard = KVShard(site, self.key_BMHD.clone(), self.key_BMHD.clone())  # as from the host
-        return inject_identity_kv(shard, self.tokens)
+        key_BMHD, value_BMHD = self.key_BMHD.clone(), self.key_BMHD.clone()  # as from the host
+        return [KVGroup(self.positions, key_BMHD, value_BMHD, self.positions)]
 
 
 @pytest.fixture
@@ -280,24 +280,23 @@ def test_a_forward_needs_what_real_blocks_of_full_size_need(
     if facts.num_heads % ranks:
         pytest.skip(f"{facts.num_heads} heads do not divide by {ranks}")
     measured = measure_forward(facts, group_of(ranks), injects=injects)
-    config = resolved(facts, "method.branches=both")
-    planned = rank_memory(config, facts, Gang(ranks), injects=injects).forward
+    planned = memory_of(facts, Gang(ranks), "method.branches=both", renders_frames=injects).forward
     assert planned == pytest.approx(measured, rel=0.01)
 
 
 def test_ranks_and_branches_apart_need_less() -> None:
     facts = PUBLISHED[COG_5B]
 
-    def forward(gang: Gang, *overrides: str, injects: bool = True) -> int:
-        config = resolved(facts, "method.branches=both", *overrides)
-        return rank_memory(config, facts, gang, injects=injects).forward
+    def forward(gang: Gang, *overrides: str, renders_frames: bool = True) -> int:
+        overrides = overrides or ("method.branches=both",)
+        return memory_of(facts, gang, *overrides, renders_frames=renders_frames).forward
 
     # One branch in a forward, not two.
-    plain = forward(Gang(), injects=False)
-    assert forward(Gang(2, 2), injects=False) == pytest.approx(plain / 2, rel=0.01)
+    plain = forward(Gang(), renders_frames=False)
+    assert forward(Gang(2, 2), renders_frames=False) == pytest.approx(plain / 2, rel=0.01)
     assert forward(Gang(), "sampling.guidance_scale=1") == forward(Gang(2, 2))
     assert forward(Gang(4)) < forward(Gang(2)) < forward(Gang())
-    assert forward(Gang(), "method.branches=cond") < forward(Gang())
+    assert forward(Gang(2), "method.branches=cond") < forward(Gang(2))
     assert forward(Gang(), "method.name=none") == plain
 
 
@@ -319,7 +318,7 @@ def test_a_decode_needs_what_the_real_autoencoder_needs(
 ) -> None:
     facts, (pixel_frames, height, width) = PUBLISHED[model_id], size
     vae = build_vae(facts)
-    decoder = memory.DECODERS[facts.family]
+    decoder = facts.traits.decoder
     if height * width >= decoder.tiled_from:
         vae.enable_tiling(*decoder.tile)
     shape = (1, 16, (pixel_frames - 1) // 4 + 1, height // 8, width // 8)
@@ -328,20 +327,13 @@ def test_a_decode_needs_what_the_real_autoencoder_needs(
         vae.decode(latents)
     names = ("pixel_frames", "height", "width")
     overrides = [f"video.{name}={value}" for name, value in zip(names, size, strict=True)]
-    planned = rank_memory(resolved(facts, *overrides), facts, Gang(), injects=True).decode
+    planned = memory_of(facts, Gang(), *overrides).decode
     assert planned == pytest.approx(live.peak, rel=0.02)
 
 
-def test_tiles_begin_where_the_adapters_say() -> None:
-    decoder = memory.DECODERS["cogvideox"]
-    assert decoder.tiled_from == cogvideox.TILED_FROM_PIXELS
-    assert decoder.tile == (cogvideox.TILE_HEIGHT, cogvideox.TILE_WIDTH)
-    assert memory.DECODERS["wan"].tiled_from == wan.TILED_ABOVE_PIXELS + 1
-
-
-def test_offload_holds_one_part_at_a_time() -> None:
+def test_offload_holds_one_component_at_a_time() -> None:
     weights = WeightBytes(transformer=100, vae=10, text_encoder=50)
-    rank = memory.RankMemory(weights, forward=7, matching=3, decode=60)
+    rank = RankMemory(weights, forward=7, matching=3, decode=60)
     assert rank.phases("none") == (160, 117, 170)
     assert rank.phases("model") == (50, 107, 70)
     assert replace(rank, weights=None).phases("none") is None
@@ -353,9 +345,8 @@ def test_injection_needs_no_more_than_a_tenth_beside_the_plain_video(
     model_id: str, name: str
 ) -> None:
     facts = PUBLISHED[model_id]
-    config = resolved(facts, f"method.profile={name}")
     injected, plain = (
-        rank_memory(config, facts, Gang(), injects=injects).phases("none")
+        memory_of(facts, Gang(), f"method.profile={name}", renders_frames=injects).phases("none")
         for injects in (True, False)
     )
     assert injected is not None
@@ -378,6 +369,9 @@ def test_keys_values_and_features_have_the_bytes_of_the_notes(
     facts = PUBLISHED[model_id]
     one = ("method.vital_layers=[0]", "method.inject_steps=[0, 1]", "method.branches=cond")
     config = resolved(facts, *one, "method.pre_pass_injection=none", "method.pre_passes=1")
-    assert identity_cache_bytes(config, facts) == pytest.approx(kv_megabytes * 1e6, rel=0.001)
-    sizes = memory._Sizes.of(config, facts, Gang())
+    method = build_method(config)
+    assert records_bytes(method.records, config, facts) == pytest.approx(
+        kv_megabytes * 1e6, rel=0.001
+    )
+    sizes = memory._Sizes.of(config, facts, method, Gang())
     assert sizes.own_video // sizes.batch == pytest.approx(feature_megabytes * 1e6, rel=0.001)

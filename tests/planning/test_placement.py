@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from bachvid.catalog.registry import PUBLISHED
+from bachvid.catalog.registry import published_models
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import RenderConfig
-from bachvid.inputs.runs import recorded_steps
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.nodes import ClusterFacts, NodeFacts
 from bachvid.planning.placement import (
     ExecutionPlan,
@@ -18,11 +17,11 @@ from bachvid.planning.placement import (
     parallel_degrees,
     plan_execution,
 )
-from bachvid.planning.plan import identity_cache_bytes
-from bachvid.planning.resolve import resolve_config
+from bachvid.planning.plan import records_bytes
+from bachvid.planning.resolve import build_method, resolve_config
 from bachvid.units import format_bytes
 
-FACTS = PUBLISHED["THUDM/CogVideoX-5b"]
+FACTS = published_models()["THUDM/CogVideoX-5b"]
 GB = 10**9
 PAPER_BYTES = 17_550 * 48 * 64 * 2 * 2 * 15 * 26 * 2  # keys and values of one scene: 168.2 GB
 
@@ -36,16 +35,18 @@ def node(name: str = "a", *, cpus: int = 8, gpus: int = 0, store_gb: float = 100
 def execute(
     nodes: Sequence[NodeFacts], *overrides: str, frames: Sequence[int] = (2,)
 ) -> ExecutionPlan:
-    config = RenderConfig.from_yaml(None, ["method.profile=paper", *overrides])
+    method = () if "method.name=none" in overrides else ("method.profile=paper",)
+    config = RenderConfig.from_yaml(None, [*method, *overrides])
     resolved = resolve_config(config, FACTS)
+    built = build_method(resolved)
     return plan_execution(
         ClusterFacts(tuple(nodes)),
         resolved,
         facts=FACTS,
         layout=FACTS.layout(resolved.video),
+        method=built,
         frames=frames,
-        cache_bytes=identity_cache_bytes(resolved, FACTS),
-        num_steps=len(recorded_steps(resolved.method)),
+        cache_bytes=records_bytes(built.records, resolved, FACTS),
     )
 
 

@@ -1,4 +1,4 @@
-"""Prompts: their parts in characters, and in token rows as the stock pipeline makes them."""
+"""Prompts: their segments in characters, and in token rows as the stock pipeline makes them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tokenizers.processors import TemplateProcessing
 from bachvid.catalog.facts import Vocabulary
 from bachvid.catalog.registry import load_facts
 from bachvid.errors import ConfigError, ModelSupportError
-from bachvid.inputs.config import ModelConfig
+from bachvid.inputs.sections import ModelConfig
 from bachvid.prompts.compose import (
     Prompt,
-    PromptPart,
     PromptSpan,
+    Segment,
     compose_prompt,
     noun_ranges,
     vocabulary_phrase,
@@ -54,7 +54,7 @@ def save_t5_like(folder: Path, pieces: tuple[str, ...]) -> None:
 
 def test_the_parts_of_a_prompt_are_where_the_spans_say() -> None:
     assert DESERT.text == "a desert, a green robot, jumps"
-    found = {span.part: DESERT.text[span.start : span.stop] for span in DESERT.spans}
+    found = {span.segment: DESERT.text[span.start : span.stop] for span in DESERT.spans}
     assert found == {"background": "a desert", "character": "a green robot", "action": "jumps"}
 
 
@@ -92,7 +92,7 @@ def test_words_in_pieces_keep_all_their_pieces(folder: Path) -> None:
 
 @pytest.mark.parametrize(("phrase", "nouns"), [("it is there", None), ("a robot", ["cat"])])
 def test_a_part_without_a_noun_is_refused(phrase: str, nouns: list[str] | None) -> None:
-    with pytest.raises(ConfigError, match="none of its words names what is to be seen"):
+    with pytest.raises(ConfigError, match="none of its words names something visible"):
         noun_ranges(phrase, nouns)
 
 
@@ -178,7 +178,7 @@ def test_a_phrase_is_spelled_as_the_vocabulary_does(words: str) -> None:
     assert vocabulary_phrase("character", words, VOCABULARY) == "a Green robot"
 
 
-@pytest.mark.parametrize("part", ["background", "action"])
-def test_a_phrase_of_another_part_is_refused(part: PromptPart) -> None:
+@pytest.mark.parametrize("segment", ["background", "action"])
+def test_a_phrase_of_another_segment_is_refused(segment: Segment) -> None:
     with pytest.raises(ConfigError, match="this model knows only these"):
-        vocabulary_phrase(part, "a green robot", VOCABULARY)
+        vocabulary_phrase(segment, "a green robot", VOCABULARY)

@@ -17,8 +17,10 @@ from clusters import STORE_BYTES, cluster_of
 from numpy.typing import NDArray
 from ray.cluster_utils import Cluster
 from test_render_on_ray import STORY, render, settings
+from whereabouts import Whereabouts
 
-from bachvid.driver.renderer import Event, Failed, FrameStep, IdentityStep, StoryRenderer
+from bachvid.driver.events import Event, Failed, FrameStep, IdentityStep, Lost, WorkerLost
+from bachvid.driver.renderer import StoryRenderer
 from bachvid.output.journal import read_run
 
 Latents = Mapping[tuple[str, str], NDArray[np.float32]]
@@ -81,7 +83,7 @@ def test_a_gang_gives_the_videos_of_one_process(
     events = render(tiny_cogvideox_folder, tmp_path / "run", *gangs, address=two_nodes.address)
     assert not [event for event in events if isinstance(event, Failed)]
     assert_same_videos(latents(tmp_path / "run"), latents(tmp_path / "here"))
-    ranks = {r.made_with.get("ranks") for r in read_run(tmp_path / "run").records.values()}
+    ranks = {r.provenance.get("ranks") for r in read_run(tmp_path / "run").records.values()}
     assert "2" in ranks
 
 
@@ -91,9 +93,7 @@ def test_a_gang_that_loses_a_rank_is_started_anew(
     tiny_cogvideox_folder: Path,
     expected: Latents,
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO", logger="bachvid")
     config = settings(
         tiny_cogvideox_folder,
         "output.frames=true",
@@ -101,26 +101,18 @@ def test_a_gang_that_loses_a_rank_is_started_anew(
         "parallel.gpus_per_frame_actor=2",
         "cache.policy=retain",
     )
-    killed: list[Event] = []
+    where, killed, lost = Whereabouts(), list[Event](), list[Event]()
     with StoryRenderer(config, tmp_path / "run", address=two_nodes.address) as renderer:
         for event in renderer.stream(STORY):
             assert not isinstance(event, Failed), event
+            where.note(event)
+            if isinstance(event, Lost | WorkerLost):
+                lost.append(event)
             is_due = isinstance(event, IdentityStep) if not killed else isinstance(event, FrameStep)
             if is_due and len(killed) < 2:
                 killed.append(event)
                 video = "identity" if isinstance(event, IdentityStep) else event.video
-                os.kill(second_rank_of(caplog.messages, event.scene, video), signal.SIGKILL)
+                os.kill(where.pid_of(event.scene, video, rank=1), signal.SIGKILL)
     assert len(killed) == 2
+    assert [type(event) for event in lost] == [WorkerLost, Lost] * 2
     assert_same_videos(latents(tmp_path / "run"), expected)
-
-
-def second_rank_of(log: list[str], scene: str, video: str) -> int:
-    """Read from the log which process is the second rank of the worker that has a job."""
-    (start, *_) = [
-        row
-        for row in reversed(log)
-        if row.startswith("started") and f"scene={scene} video={video} " in row
-    ]
-    worker = start.rpartition("=")[2]
-    (place, *_) = [row for row in reversed(log) if f"worker placed id={worker} rank=1 " in row]
-    return int(place.rpartition("=")[2])

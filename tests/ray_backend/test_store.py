@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import signal
@@ -20,11 +19,12 @@ import torch
 from clusters import STORE_BYTES, cluster_of, wait_until, workers_of
 from ray.cluster_utils import Cluster
 from test_render_on_ray import STORY, hashes, settings
+from whereabouts import Whereabouts
 
-from bachvid.driver.renderer import Done, Event, Failed, FrameStep, IdentityStep, StoryRenderer
+from bachvid.driver.events import Done, Event, Failed, FrameStep, IdentityStep, Lost
+from bachvid.driver.renderer import StoryRenderer
 from bachvid.errors import ConfigError
-from bachvid.inputs.config import RenderConfig
-from bachvid.inputs.runs import recorded_steps
+from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import render_plan
 from bachvid.ray_backend.connection import ray_connection
 from bachvid.scheduling.publication import Publication
@@ -48,7 +48,7 @@ def large(folder: Path, *overrides: str) -> RenderConfig:
 
 def step_bytes(config: RenderConfig) -> float:
     plan = render_plan(STORY, config)
-    return plan.cache_bytes / len(recorded_steps(plan.config.method))
+    return plan.cache_bytes / plan.reading.num_parts
 
 
 @pytest.fixture(scope="module")
@@ -137,29 +137,21 @@ def test_a_store_that_is_too_small_to_retain_is_refused_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
-def pid_of(video: str, caplog: pytest.LogCaptureFixture) -> int:
-    """Find the process that a video was given to last; the log must be at INFO."""
-    rows = [dict(re.findall(r"(\w+)=(\S+)", message)) for message in caplog.messages]
-    jobs = {f"{row['scene']}/{row['video']}": row["worker"] for row in rows if "worker" in row}
-    return {row["id"]: int(row["pid"]) for row in rows if "pid" in row}[jobs[video]]
-
-
 @pytest.mark.slow
 def test_a_scene_whose_identity_video_dies_twice_fails_alone(
     three_nodes: Cluster,
     tiny_cogvideox_folder: Path,
     expected: Hashes,
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, logger="bachvid")
     config = large(tiny_cogvideox_folder, "cache.policy=window")
-    killed: set[int] = set()
+    where, killed = Whereabouts(), set[int]()
     failed: dict[tuple[str, str], str] = {}
     with StoryRenderer(config, tmp_path, address=three_nodes.address) as renderer:
         for event in renderer.stream(STORY):
+            where.note(event)
             if isinstance(event, IdentityStep) and event.scene == "forest":
-                pid = pid_of("forest/identity", caplog)
+                pid = where.pid_of("forest", "identity")
                 if pid not in killed:
                     os.kill(pid, signal.SIGKILL)
                 killed.add(pid)
@@ -168,7 +160,7 @@ def test_a_scene_whose_identity_video_dies_twice_fails_alone(
     assert len(killed) == 2
     assert sorted(failed) == [("forest", video) for video in ("identity", "jumps", "waves")]
     for error in failed.values():
-        assert error.startswith("was lost again and again: ")
+        assert error.startswith("was lost 2 times: ")
     assert hashes(tmp_path) == {k: v for k, v in expected.items() if k[0] == "sea"}
     with StoryRenderer(config, tmp_path, address=three_nodes.address) as renderer:
         list(renderer.stream(STORY))
@@ -181,13 +173,11 @@ def test_damaged_keys_and_values_are_rendered_again(
     expected: Hashes,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Also if one frame video comes upon the damage when that is already being made good.
 
     On one node: all its workers read the same bytes.
     """
-    caplog.set_level(logging.INFO, logger="bachvid")
     publish = Publication.publish
     damaged: list[int] = []
 
@@ -201,22 +191,24 @@ def test_damaged_keys_and_values_are_rendered_again(
 
     monkeypatch.setattr(Publication, "publish", damage_one)
     config = large(tiny_cogvideox_folder, "cache.policy=retain")
-    events: list[Event] = []
+    where, events = Whereabouts(), list[Event]()
     runs = stopped = 0
     with (
         cluster_of(1, head_cpus=3) as cluster,
         StoryRenderer(config, tmp_path, address=cluster.address) as renderer,
     ):
         for event in renderer.stream(FOREST):
+            where.note(event)
             runs += isinstance(event, IdentityStep) and event.step == 0
             if event == FrameStep("forest", "waves", "main_run", 1, 6) and runs == 1:
-                stopped = pid_of("forest/waves", caplog)
+                stopped = where.pid_of("forest", "waves")
                 os.kill(stopped, signal.SIGSTOP)
             elif stopped and runs == 2:
                 os.kill(stopped, signal.SIGCONT)
                 stopped = 0
             events.append(event)
-    assert "step 3, layer 1, branch cond are damaged, also when fetched again" in caplog.text
+    damage = "step 3, layer 1, branch cond are damaged, also when fetched again"
+    assert any(damage in event.reason for event in events if isinstance(event, Lost))
     assert_forest_was_rendered_again(events, tmp_path, expected)
 
 
@@ -239,7 +231,6 @@ def test_keys_and_values_that_went_with_their_node_are_rendered_again(
     tiny_cogvideox_folder: Path,
     expected: Hashes,
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One worker: what a frame video had pulled to another node would still be there."""
     events: list[Event] = []
@@ -250,7 +241,8 @@ def test_keys_and_values_that_went_with_their_node_are_rendered_again(
                 if isinstance(event, Done) and not any(isinstance(e, Done) for e in events):
                     replace_node(cluster)
                 events.append(event)
-    assert re.search(r"LostShardError: the identity .* are gone", caplog.text)
+    lost = [event.reason for event in events if isinstance(event, Lost)]
+    assert any(re.search(r"LostShardError: the identity .* are gone", reason) for reason in lost)
     assert_forest_was_rendered_again(events, tmp_path, expected)
 
 
@@ -287,8 +279,8 @@ def test_the_terminal_shows_our_words_when_a_node_is_lost(
 def test_a_store_that_is_full_fails_the_scene_in_our_words(
     tiny_cogvideox_folder: Path, expected: Hashes, tmp_path: Path
 ) -> None:
-    config = large(tiny_cogvideox_folder, "cache.policy=retain")
-    with cluster_of(1, head_cpus=3, can_spill=False) as cluster:
+    config = large(tiny_cogvideox_folder, "cache.policy=retain", "cluster.workers=1")
+    with cluster_of(1, can_spill=False) as cluster:
         ray.init(address=cluster.address, log_to_driver=False)
         others = ray.get(ray.put(np.ones(STORE_BYTES - int(3.5 * step_bytes(config)), np.uint8)))
         with StoryRenderer(config, tmp_path, address=cluster.address) as renderer:

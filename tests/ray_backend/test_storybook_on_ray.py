@@ -14,8 +14,8 @@ from ray.cluster_utils import Cluster
 from test_render_on_ray import hashes
 
 from bachvid.driver.renderer import Failed, StoryRenderer
-from bachvid.inputs.config import RenderConfig
 from bachvid.inputs.story import Story
+from bachvid.planning.config import RenderConfig
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lighthouse.yaml"
 Hashes = dict[tuple[str, str], tuple[str, str]]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import pytest
+from reading_methods import ReadingMethod
 
-from bachvid.engine.steps import RunStep
+from bachvid.engine.results import RunStep
+from bachvid.methods.reading import ReadingOrder
 from bachvid.scheduling.publication import Publication
 
-READS = ((), (0, 1), (0, 1, 2, 3))  # a plain pre-pass, one that injects, the main run
+# A plain pre-pass, one that injects, the main run.
+METHOD = ReadingMethod((), (0, 1), (0, 1, 2, 3))
 
 
 def window(size: int = 2) -> Publication[str, str]:
-    return Publication(READS, window=size)
+    return Publication(ReadingOrder(METHOD, is_window=True), window=size)
 
 
 def test_retained_parts_serve_every_run_and_stay() -> None:
-    scene: Publication[str, str] = Publication(READS, window=None)
-    assert scene.records == [[0, 1, 2, 3]]
+    scene: Publication[str, str] = Publication(ReadingOrder(METHOD, is_window=False), window=None)
     assert (scene.num_parts, scene.credit) == (4, 4)
     scene.join("jumps")
     for part in range(4):
@@ -28,15 +30,6 @@ def test_retained_parts_serve_every_run_and_stay() -> None:
     assert scene.parts == {part: f"step {part}" for part in range(4)}
     scene.join("late")
     assert (scene.readers, scene.dropped) == (["late"], 0)
-
-
-def test_a_window_publishes_every_run_that_reads_after_one_that_observes() -> None:
-    assert window().records == [[], [0, 1], [0, 1, 2, 3]]
-    assert window().num_parts == 6
-    only_main: Publication[str, str] = Publication(((), (1, 2)), window=1)
-    assert only_main.records == [[], [1, 2]]
-    nothing: Publication[str, str] = Publication(((),), window=1)
-    assert nothing.records == [[]]  # one run, of all steps
 
 
 def test_a_part_is_dropped_when_the_slowest_reader_has_passed_it() -> None:

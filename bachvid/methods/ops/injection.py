@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bachvid.attention.control import KVGroup
 from bachvid.errors import LayoutError
-from bachvid.kv.cache import KVShard
+from bachvid.kv.cache import Shard
 from bachvid.layout.tokens import TokenLayout
 from bachvid.methods.ops.matching import TokenMatch
 
@@ -80,7 +80,7 @@ def select_injected_tokens(
     )
 
 
-def inject_identity_kv(shard: KVShard, tokens: InjectedTokens) -> list[KVGroup]:
+def inject_identity_kv(shard: Shard, tokens: InjectedTokens) -> list[KVGroup]:
     """Return foreground and background queries the identity keys and values that they see.
 
     Foreground keys are those of the matched identity tokens, moved to the positions of the frame
@@ -89,7 +89,7 @@ def inject_identity_kv(shard: KVShard, tokens: InjectedTokens) -> list[KVGroup]:
     Source: BachVid (arXiv 2510.21696v1), Sec. 3.5, Eq. (11)-(14).
     """
     device = tokens.background_rows_Q.device
-    key_BMHD, value_BMHD = shard.key_BMHD.to(device), shard.value_BMHD.to(device)
+    key_BMHD, value_BMHD = shard.pieces["key"].to(device), shard.pieces["value"].to(device)
     sets = (
         (tokens.foreground_rows_Q, tokens.identity_index_Q, tokens.foreground_positions_Q),
         (tokens.background_rows_Q, tokens.background_positions_Q, tokens.background_positions_Q),

@@ -1,6 +1,6 @@
-"""Foreground masks from the attention that video tokens pay to the parts of the prompt.
+"""Foreground masks from the attention that video tokens pay to the segments of the prompt.
 
-Pure functions on tensors. Shape suffixes: see `bachvid.attention.attend`; n is a chunk of N, K the
+Pure functions on tensors. Shape suffixes: see `bachvid.attention.control`; n is a chunk of N, K the
 keys of a softmax, G segments of the prompt.
 """
 

@@ -1,0 +1,1 @@
+"""What the methods do to attention at run time, with torch: controls."""

@@ -1,0 +1,79 @@
+"""In which parts what an identity records travels to the frame videos of its scene. No torch.
+
+A *part* is the pieces of one recorded step, for the runs that read it.
+
+retain: one part for each recorded step, in rising order, for every run.
+window: one part for each read, in the order in which all frame videos read, so that a part can be
+dropped once every reader has gone past it. The identity is then run once to be observed, and once
+more for each run that reads, so that each finds the steps in its own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from bachvid.methods.base import Method, Run
+
+
+class ReadingOrder:
+    """The parts of a scene's publication, and the runs of the identity that make them."""
+
+    def __init__(self, method: Method[Any], *, is_window: bool) -> None:
+        self._frame_runs = method.runs("frame")
+        self._reading = [run for run in self._frame_runs if run.reads]
+        self.is_window = is_window
+        *_, whole = method.runs("identity")
+        self.identity_runs: tuple[Run, ...] = (whole,)
+        self.steps: tuple[int, ...] = method.records.steps  # recorded, of each part
+        if is_window and self._reading:
+            self.identity_runs = _runs_in_window(whole, self._reading, method.observed_at)
+            self.steps = tuple(step for run in self.identity_runs for step in run.records)
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a whole publication."""
+        return len(self.steps)
+
+    def part(self, reading_run: int, place: int) -> int:
+        """Return the part that holds a read, by its place in the reads of a run that reads."""
+        if not self.is_window:
+            return self.steps.index(self._reading[reading_run].sources[place])
+        return sum(len(run.reads) for run in self._reading[:reading_run]) + place
+
+    def passed(self, run: int, step: int) -> int:
+        """Count the parts, from the first, that a reader needs no more once it has done a step.
+
+        Without a window any step may be read again: none.
+        """
+        if not self.is_window:
+            return 0
+        before = sum(len(earlier.reads) for earlier in self._frame_runs[:run])
+        return before + sum(read.step <= step for read in self._frame_runs[run].reads)
+
+
+def can_stream(method: Method[Any]) -> bool:
+    """Whether a window can serve a method: every run reads rising steps, no later than its own.
+
+    Else a reader would wait for a step that the identity, in lockstep, has not come to, or that
+    was dropped.
+    """
+    return all(
+        all(read.source <= read.step for read in run.reads)
+        and list(run.sources) == sorted(set(run.sources))
+        for run in method.runs("frame")
+    )
+
+
+def _runs_in_window(whole: Run, reading: Sequence[Run], observed_at: int | None) -> tuple[Run, ...]:
+    runs = []
+    if observed_at is not None:
+        runs.append(replace(whole, steps=_up_to(whole, observed_at), records=()))
+    for run in reading[:-1]:
+        runs.append(replace(whole, steps=_up_to(whole, max(run.sources)), records=run.sources))
+    return (*runs, replace(whole, records=reading[-1].sources))
+
+
+def _up_to(whole: Run, last: int) -> tuple[int, ...]:
+    return tuple(step for step in whole.steps if step <= last)
