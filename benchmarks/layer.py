@@ -73,8 +73,8 @@ class Injector(AttentionControl):
 
     def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
         """Return character and background their keys."""
-        pieces = {"key": self._key_BMHD, "value": self._key_BMHD}
-        return inject_identity_kv(Shard(site, pieces), self._tokens)
+        shard = Shard(site, {"key": self._key_BMHD, "value": self._key_BMHD})
+        return inject_identity_kv(shard, self._tokens)
 
 
 def build_layer(
@@ -87,15 +87,20 @@ def build_layer(
     def states(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, device=device, dtype=dtype)
 
-    video, table = states(layout.video_tokens, channels), (run.rotary.cos_ND, run.rotary.sin_ND)
+    video, rotary = states(layout.video_tokens, channels), run.rotary
+    given: dict[str, Tensor | tuple[Tensor, ...] | None]
+    table = (
+        None if rotary.cos_ND is None or rotary.sin_ND is None else (rotary.cos_ND, rotary.sin_ND)
+    )
     if facts.family == "cogvideox":
         block = CogVideoXBlock(channels, heads, facts.head_dim, time_embed_dim=512)
         given = {
             "encoder_hidden_states": states(layout.text_tokens, channels),
             "temb": states(512),
-            "image_rotary_emb": None if run.rotary.is_none else table,
+            "image_rotary_emb": table,
         }
     else:
+        assert table is not None
         ffn = facts.ffn_dim * heads // facts.num_heads
         block = WanTransformerBlock(channels, ffn, heads, cross_attn_norm=True)
         given = {
@@ -123,7 +128,7 @@ def build_layer(
             }
         for name, processor in processors.items():
             getattr(block, name).set_processor(processor)
-        out = block(video, **given)
+        out: Tensor | tuple[Tensor, Tensor] = block(video, **given)
         return out[0] if isinstance(out, tuple) else out
 
     return call

@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from bachvid.catalog.registry import published_models
+from bachvid.inputs.choices import Policy
 from bachvid.inputs.story import IDENTITY_ID
 from bachvid.methods.base import Method
 from bachvid.methods.reading import ReadingOrder
@@ -29,7 +30,7 @@ from bachvid.planning.nodes import ClusterFacts, NodeFacts
 from bachvid.planning.placement import plan_execution
 from bachvid.planning.plan import records_bytes
 from bachvid.planning.resolve import build_method, resolve_config
-from bachvid.scheduling.schedule import Policy, SceneWork, Schedule, Slot
+from bachvid.scheduling.schedule import SceneWork, Schedule, Slot
 
 MODEL = published_models()["THUDM/CogVideoX-5b"]
 NUM_ACTIONS = 10_000

@@ -34,9 +34,10 @@ from bachvid.storybook.world import ACTIONS, BACKGROUNDS, CHARACTERS, Clip, rend
 
 FIRST_SEED = 20_000_000
 PRIOR_CLIPS = 3_000
+BoolArray = NDArray[np.bool_]
 
 
-def token_masks(clips: Sequence[Clip]) -> NDArray[np.bool_]:
+def token_masks(clips: Sequence[Clip]) -> BoolArray:
     """Return which tokens are character: bool [clips, F, h, w]."""
     share = pool_to_tokens(torch.from_numpy(np.stack([clip.mask for clip in clips])))
     return (share >= TOKEN_IS_CHARACTER).numpy()
@@ -61,20 +62,22 @@ def token_rest(clip: Clip, ratio: int) -> NDArray[np.float32]:
     return np.stack(points).astype(np.float32)
 
 
-def iou(left: NDArray[np.bool_], right: NDArray[np.bool_]) -> float:
+def iou(left: BoolArray, right: BoolArray) -> float:
     """Return the mean intersection over union of masks [clips, F, h, w]."""
     joint, either = (op.sum((1, 2, 3)) for op in (left & right, left | right))
     return float((joint / np.maximum(either, 1)).mean())
 
 
-def prior_masks() -> dict[int, NDArray[np.bool_]]:
+def prior_masks() -> dict[int, BoolArray]:
     """Return the best fixed mask of each action, from clips that are not measured."""
     best = {}
     for action in range(len(ACTIONS)):
         rng = np.random.default_rng(action)
         clips = [
-            render_clip(FIRST_SEED + 10_000 + i, *rng.integers(6, size=2).tolist(), action)
-            for i in range(PRIOR_CLIPS // len(ACTIONS))
+            render_clip(FIRST_SEED + 10_000 + i, background, character, action)
+            for i, (background, character) in enumerate(
+                rng.integers(6, size=(PRIOR_CLIPS // len(ACTIONS), 2)).tolist()
+            )
         ]
         masks = token_masks(clips)
         mean = masks.mean(0)
@@ -135,7 +138,7 @@ def match_hits(
     frame: Clip,
     identity: Clip,
     ratio: int,
-) -> NDArray[np.bool_]:
+) -> BoolArray:
     """Return whether each match [Q] of a token at `places` [Q, 3] is within one token of the truth.
 
     The truth is, in the latent frame of the match, the character token whose rest-pose point is
@@ -160,13 +163,17 @@ def main(pairs: int, overrides: tuple[str, ...]) -> None:
     """Print mask IoU beside the best fixed mask, and the share of right matches."""
     observer = Observer(RenderConfig.from_yaml(None, overrides))
     rng = np.random.default_rng(0)
-    found, truth, priors, hits, chance_hits, accepted = [], [], [], [], [], []
+    found, truth, priors = list[BoolArray](), list[BoolArray](), list[BoolArray]()
+    hits, chance_hits, accepted = list[bool](), list[bool](), list[bool]()
     fixed = prior_masks()
     for pair in range(pairs):
         background, character, *actions = rng.integers(6, size=4).tolist()
         labels = [(background, character, action) for action in actions]
         seeds = (FIRST_SEED + 2 * pair, FIRST_SEED + 2 * pair + 1)
-        clips = [render_clip(seed, *label) for seed, label in zip(seeds, labels, strict=True)]
+        frame, identity = (
+            render_clip(seed, *label) for seed, label in zip(seeds, labels, strict=True)
+        )
+        clips = [frame, identity]
         seen = [observer.observe(*args) for args in zip(clips, labels, seeds, strict=True)]
         masks = [foreground(one).numpy().reshape(observer.grid) for one in seen]
         found += masks
@@ -180,9 +187,9 @@ def main(pairs: int, overrides: tuple[str, ...]) -> None:
         # A token that is no character has no true match: it is measured by the mask's IoU.
         known = truth[-2][tuple(places.T)]
         places, index = places[known], index[known]
-        hits += match_hits(index, places, *clips, observer.ratio).tolist()
+        hits += match_hits(index, places, frame, identity, observer.ratio).tolist()
         chance = rng.choice(np.flatnonzero(masks[1]), size=len(places))
-        chance_hits += match_hits(chance, places, *clips, observer.ratio).tolist()
+        chance_hits += match_hits(chance, places, frame, identity, observer.ratio).tolist()
     truths = np.stack(truth)
     click.echo(f"step {observer.step}, {2 * pairs} clips")
     click.echo(f"mask IoU                             {iou(np.stack(found), truths):.3f}")

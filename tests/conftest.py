@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -35,6 +37,9 @@ from bachvid.catalog.profiles import wan_attention
 from bachvid.inputs.choices import SchedulerName
 from bachvid.models.base import VideoModel
 
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
 TEXT_TOKENS = 16
 PIXEL_FRAMES, HEIGHT, WIDTH = 5, 32, 48
 WORDS = """
@@ -61,6 +66,15 @@ def tiny_cogvideox_2b_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder like Wan2.1's: 3 layers, 6 heads x 12, 72 video tokens."""
     return save_tiny_wan(tmp_path_factory.mktemp("tiny_wan"))
+
+
+@pytest.fixture(scope="session")
+def three_nodes() -> Iterator[Cluster]:
+    """A cluster of three nodes of one CPU each, for the tests that harm none of them."""
+    from clusters import cluster_of
+
+    with cluster_of(3) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module", params=TINY_FAMILIES)
@@ -91,7 +105,8 @@ def pipeline(tiny: TinyFamily, folder: Path) -> DiffusionPipeline:
 @pytest.fixture(params=[0, 1], ids=["first scheduler", "second scheduler"])
 def scheduler(tiny: TinyFamily, request: pytest.FixtureRequest) -> SchedulerName:
     """Each scheduler of `tiny` in turn."""
-    return list(tiny.schedulers)[request.param]
+    found: SchedulerName = list(tiny.schedulers)[request.param]
+    return found
 
 
 def save_tiny_cogvideox(folder: Path, *, has_rope: bool) -> Path:

@@ -16,7 +16,7 @@ VOCABULARY = {
     "action": ["stands still", "walks to the right", "jumps"],
 }
 TEXT_TOKENS = 20
-TRANSFORMER = {
+TRANSFORMER: dict[str, object] = {
     "num_layers": 8,
     "num_attention_heads": 4,
     "attention_head_dim": 32,

@@ -19,7 +19,7 @@ class LiveBytes(TorchDispatchMode):
     """Follows the storages that are made within it; `peak` is their largest sum."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves its modes untyped
         self.peak = self._live = 0
         self._seen = WeakIdKeyDictionary()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -139,14 +140,12 @@ def mutated_stories(draw: st.DrawFn) -> str:
     return str(yaml.safe_dump(story, allow_unicode=draw(st.booleans())))
 
 
-def _places(value: object) -> list[tuple[dict[object, object] | list[object], object]]:
-    if isinstance(value, dict):
-        own, inner = [(value, key) for key in value], list(value.values())
-    elif isinstance(value, list):
-        own, inner = [(value, index) for index in range(len(value))], list(value)
-    else:
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    if not isinstance(value, dict | list):
         return []
-    return own + [place for part in inner for place in _places(part)]
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    inner = [place for key in keys for place in _places(value[key])]
+    return [(value, key) for key in keys] + inner
 
 
 # The folder is shared by all examples on purpose: each writes the same one file again.

@@ -127,7 +127,8 @@ class TinyFamily:
 
 def _cogvideox_encode(vae: Any, video_BCFHW: Tensor) -> Tensor:
     mode: Tensor = vae.encode(video_BCFHW).latent_dist.mode()
-    return vae.config.scaling_factor * mode.permute(0, 2, 1, 3, 4)
+    scaling_factor: float = vae.config.scaling_factor
+    return scaling_factor * mode.permute(0, 2, 1, 3, 4)
 
 
 def _cogvideox_decode(vae: Any, latents: Tensor) -> Tensor:

@@ -400,8 +400,9 @@ def test_attention_to_the_text_is_plain_and_shown_to_the_control_by_branch() -> 
     query, key, value = random_qkv(13, batch=2)
     query, key, value = query[:, LAYOUT.video_rows], key[:, :7], value[:, :7]
     out_BSC = controlled_cross_attention(run, watcher, 5, query, key, value)
-    heads = [x.transpose(1, 2) for x in (query, key, value)]
-    expected = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    query_BHSD, key_BHTD, value_BHTD = (x.transpose(1, 2) for x in (query, key, value))
+    expected_BHSD = F.scaled_dot_product_attention(query_BHSD, key_BHTD, value_BHTD)
+    expected = expected_BHSD.transpose(1, 2).flatten(2)
     assert torch.equal(out_BSC, expected)
     for i, branch in enumerate(run.branches):
         shown = watcher.seen[AttentionSite(2, 5, branch)]

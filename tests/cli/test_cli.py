@@ -113,7 +113,8 @@ def test_rendering_again_finds_everything_done(
     story: Path, tmp_path: Path, tiny_cogvideox_folder: Path
 ) -> None:
     out = tmp_path / "run"
-    args = ("render", story, "--out", out, *settings_for(tiny_cogvideox_folder))
+    settings = settings_for(tiny_cogvideox_folder)
+    args: tuple[str | Path, ...] = ("render", story, "--out", out, *settings)
     run(*args)
     result = run(*args)
     assert result.exit_code == 0
@@ -146,7 +147,8 @@ def test_evaluating_what_is_no_run_is_bad_input(tmp_path: Path) -> None:
 def test_a_directory_of_another_story_is_bad_input(
     story: Path, tmp_path: Path, tiny_cogvideox_folder: Path
 ) -> None:
-    args = ("render", story, "--out", tmp_path / "run", *settings_for(tiny_cogvideox_folder))
+    settings = settings_for(tiny_cogvideox_folder)
+    args: tuple[str | Path, ...] = ("render", story, "--out", tmp_path / "run", *settings)
     run(*args)
     story.write_text(STORY.replace("A walk", "A run"))
     result = run(*args)

@@ -143,7 +143,9 @@ def write(
 
 
 def read(path: Path) -> Written:
-    ranks = [pickle.loads(file.read_bytes()) for file in sorted(path.parent.glob(f"{path.name}.*"))]
+    ranks: list[Written] = [
+        pickle.loads(file.read_bytes()) for file in sorted(path.parent.glob(f"{path.name}.*"))
+    ]
     assert len(ranks) == ranks[0].gang.size
     return replace(ranks[0], blocks=tuple(rank.blocks[0] for rank in ranks))
 

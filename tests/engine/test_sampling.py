@@ -136,7 +136,9 @@ def model(folder: Path) -> VideoModel:
 
 @pytest.fixture(params=[0, 1], ids=["first scheduler", "second scheduler"])
 def scheduler(request: pytest.FixtureRequest, model: VideoModel) -> SchedulerName:
-    return model.facts.schedulers[request.param]
+    schedulers: tuple[SchedulerName, ...] = model.facts.schedulers
+    found: SchedulerName = schedulers[request.param]
+    return found
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

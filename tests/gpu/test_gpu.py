@@ -36,6 +36,10 @@ from bachvid.planning.memory import rank_memory
 from bachvid.planning.resolve import build_method, resolve_config
 from bachvid.prompts.compose import Prompt
 
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 CUDA = torch.device("cuda", 0)
 FAMILIES = ["tiny_cogvideox_folder", "tiny_wan_folder"]
 SIZES = ("video.pixel_frames=5", "video.height=32", "video.width=32", "sampling.num_steps=2")

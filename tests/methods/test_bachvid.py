@@ -397,9 +397,9 @@ def test_each_branch_reads_its_own_shards() -> None:
     uncond, cond = (AttentionSite(0, 1, branch) for branch in BRANCHES)
     before = [injector.extra(site, log.qkv[site]) for site in (uncond, cond)]
     kept = cache.source.get(uncond)
-    changed = {"key": kept.pieces["key"] + 1, "value": kept.pieces["value"]}
     assert isinstance(cache.source, MemoryPieces)
-    cache.source.put(Shard(uncond, changed))
+    changed = Shard(uncond, {"key": kept.pieces["key"] + 1, "value": kept.pieces["value"]})
+    cache.source.put(changed)
     after = [injector.extra(site, log.qkv[site]) for site in (uncond, cond)]
     assert torch.equal(after[0][0].key_BMHD, before[0][0].key_BMHD + 1)
     assert torch.equal(after[1][0].key_BMHD, before[1][0].key_BMHD)
@@ -457,6 +457,7 @@ def test_a_pre_pass_without_injection_needs_no_cache_and_one_mask() -> None:
     run = new_run()
     control = control_of(0, run, config=PLAIN)
     TinyTransformer().render(run, control, seed=2, stop_after=2)
+    assert isinstance(control, VideoObserver)
     assert sorted(control.masks) == [2]
     assert injected_sites(control) == set()
 

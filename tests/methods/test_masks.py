@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -96,7 +97,9 @@ def masses_of(score_N: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("shift", "found"), [(-10.0, "empty"), (10.0, "full")])
-def test_an_empty_or_full_mask_is_taken_from_the_highest_scores(shift: float, found: str) -> None:
+def test_an_empty_or_full_mask_is_taken_from_the_highest_scores(
+    shift: float, found: Literal["empty", "full"]
+) -> None:
     score_N = torch.arange(60.0)[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
     masses = masses_of(score_N / 64 + shift)  # exact in fp32
     mask = extract_foreground_mask(masses, LAYOUT, step=3, morphology=True, on_empty="adapt")
@@ -107,7 +110,9 @@ def test_an_empty_or_full_mask_is_taken_from_the_highest_scores(shift: float, fo
 
 
 @pytest.mark.parametrize(("score", "found"), [(-1.0, "empty"), (1.0, "full"), (math.nan, "empty")])
-def test_scores_that_say_nothing_leave_only_background(score: float, found: str) -> None:
+def test_scores_that_say_nothing_leave_only_background(
+    score: float, found: Literal["empty", "full"]
+) -> None:
     masses = masses_of(torch.full((60,), score))
     mask = extract_foreground_mask(masses, LAYOUT, step=2, morphology=False, on_empty="adapt")
     assert not mask.mask_N.any()
@@ -115,7 +120,9 @@ def test_scores_that_say_nothing_leave_only_background(score: float, found: str)
 
 
 @pytest.mark.parametrize(("score", "found"), [(-1.0, "empty"), (1.0, "full")])
-def test_an_empty_or_full_mask_fails_if_so_configured(score: float, found: str) -> None:
+def test_an_empty_or_full_mask_fails_if_so_configured(
+    score: float, found: Literal["empty", "full"]
+) -> None:
     masses = masses_of(torch.full((60,), score))
     with pytest.raises(WorkerError) as error:
         extract_foreground_mask(masses, LAYOUT, step=2, morphology=False, on_empty="fail")

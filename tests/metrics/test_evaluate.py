@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from pyarrow import parquet
+from pydantic import JsonValue
 from rich.console import Console
 
 from bachvid.atomic import write_atomically
@@ -27,7 +28,7 @@ from bachvid.output.run_directory import RunDirectory
 from bachvid.planning.config import RenderConfig
 from bachvid.storybook.judge import JudgeReading
 
-STORY = {
+STORY: dict[str, JsonValue] = {
     "title": "t",
     "seed": 0,
     "scenes": [

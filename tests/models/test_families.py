@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -290,7 +290,8 @@ def test_offload_changes_no_bit(folder: Path) -> None:
         clean = model.encode(frames)
         assert torch.equal(model.encode_prompts([PROMPT]), embeds_PTC[:1])
         found.append((last.latents, torch.from_numpy(frames), clean))
-        hooks = [getattr(module, "_hf_hook", None) for module in (model.transformer, model.vae)]
+        modules = (model.transformer, model.vae)
+        hooks: list[Any] = [getattr(module, "_hf_hook", None) for module in modules]
         if offload == "model":  # Accelerate's hooks are there, and each sends the other away
             assert hooks[0].prev_module_hook.model is model.vae
             assert hooks[1].prev_module_hook.model is model.transformer
@@ -362,6 +363,10 @@ def test_facts_fit_the_published_transformer(hub_id: str) -> None:
     assert facts.grid(defaults.pixel_frames, defaults.height, defaults.width) == grid
 
 
+def no_text_encoder() -> NoReturn:
+    raise AssertionError("no prompt is encoded here")
+
+
 @pytest.mark.parametrize("hub_id", PUBLISHED)
 def test_the_adapter_runs_the_published_transformer_at_full_size(
     hub_id: str, request: pytest.FixtureRequest
@@ -374,7 +379,7 @@ def test_the_adapter_runs_the_published_transformer_at_full_size(
         facts,
         transformer=transformer,
         vae=None,
-        load_text_encoder=lambda: None,
+        load_text_encoder=no_text_encoder,
         scheduler_config={},
         device=transformer.device,
     )

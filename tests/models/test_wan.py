@@ -20,6 +20,7 @@ from bachvid.attention.control import AttentionControl
 from bachvid.engine.sampling import denoise
 from bachvid.inputs.choices import SchedulerName
 from bachvid.inputs.story import Story
+from bachvid.inputs.words import Range
 from bachvid.kv.cache import MemoryPieces
 from bachvid.layout.records import AttentionSite
 from bachvid.methods.base import Run, RunInputs
@@ -27,10 +28,10 @@ from bachvid.models.base import VideoModel
 from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import render_plan
 from bachvid.planning.resolve import build_method, resolve_config
-from bachvid.prompts.compose import Prompt, compose_prompt, noun_ranges
+from bachvid.prompts.compose import Prompt, Segment, compose_prompt, noun_ranges
 from bachvid.prompts.tokenizer import PromptTokenizer
 
-WORDS = {
+WORDS: dict[Segment, tuple[Range, ...]] = {
     "background": noun_ranges("a snowy forest", None),
     "character": noun_ranges("a girl in a yellow dress", ["girl", "dress"]),
 }
@@ -183,7 +184,8 @@ def test_the_mask_is_of_the_attention_that_nouns_get(
     query, key = (seen[norm].double().unflatten(2, (6, -1)).transpose(1, 2) for norm in seen)
     weights = (query @ key.mT * 12**-0.5).softmax(dim=-1)[0].mean(dim=0)
     background, character = (
-        weights[:, list(tokens.rows[part])].mean(dim=1) for part in ("background", "character")
+        weights[:, list(tokens.rows[segment])].mean(dim=1)
+        for segment in ("background", "character")
     )
     assert recorder.observation is not None
     actual = recorder.observation.foreground

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import JsonValue
 
 from bachvid.atomic import content_sha256, write_atomically
 from bachvid.errors import BachvidError, ConfigError
@@ -109,14 +110,15 @@ def test_a_run_that_died_at_its_birth_is_continued(tmp_path: Path, left: list[st
 
 def test_another_story_or_config_is_refused_by_name(tmp_path: Path) -> None:
     RunDirectory(tmp_path, HEADER).close()
-    story = {"title": "t", "scenes": [{"id": "s", "actions": ["jumps", "sits"]}]}
+    scene: dict[str, JsonValue] = {"id": "s", "actions": ["jumps", "sits"]}
+    story: dict[str, JsonValue] = {"title": "t", "scenes": [scene]}
     with pytest.raises(ConfigError) as refused:
         RunDirectory(tmp_path, replace(HEADER, story=story, story_hash="c"))
     assert str(refused.value) == (
         f'{tmp_path} belongs to another run: story.scenes[0].actions[1] was "waves", is "sits". '
         f"Give another --out, or the story and config that it was started with"
     )
-    config = {**HEADER.config, "sampling": {"num_steps": 4}}
+    config: dict[str, JsonValue] = {**HEADER.config, "sampling": {"num_steps": 4}}
     with pytest.raises(ConfigError, match=r"sampling\.num_steps was 3, is 4\."):
         RunDirectory(tmp_path, replace(HEADER, config=config, config_hash="c"))
     config |= {"cache": {"window": 2}, "cluster": {"workers": 3}}  # both may change
@@ -128,9 +130,9 @@ def test_another_story_or_config_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_output_may_add_files_but_not_change_those_there(tmp_path: Path) -> None:
     RunDirectory(tmp_path, HEADER).close()
-    more = {**HEADER.config, "output": {"crf": 16, "frames": True}}
+    more: dict[str, JsonValue] = {**HEADER.config, "output": {"crf": 16, "frames": True}}
     RunDirectory(tmp_path, replace(HEADER, config=more)).close()
-    other = {**HEADER.config, "output": {"crf": 20, "frames": False}}
+    other: dict[str, JsonValue] = {**HEADER.config, "output": {"crf": 20, "frames": False}}
     with pytest.raises(ConfigError, match=r"output\.crf was 16, is 20\."):
         RunDirectory(tmp_path, replace(HEADER, config=other))
 

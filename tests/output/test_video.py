@@ -20,7 +20,8 @@ def colour_blocks() -> Frames:
     """Five frames of saturated 4x4 pixel blocks, whose colours move."""
     colours = np.array([[220, 30, 30], [30, 200, 40], [40, 40, 210], [240, 230, 40]], np.uint8)
     index = (np.arange(5)[:, None, None] + np.arange(8)[:, None] + np.arange(6)) % 4
-    return colours[index].repeat(4, axis=1).repeat(4, axis=2)
+    frames: Frames = colours[index].repeat(4, axis=1).repeat(4, axis=2)
+    return frames
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from bachvid.attention.groups import ALONE, SequenceGroup
 from bachvid.attention.parallel import JoinedGroup
 from bachvid.attention.rotary import Rotary
 from bachvid.catalog.facts import ModelFacts
-from bachvid.catalog.files import ComponentSize
+from bachvid.catalog.files import Component, ComponentSize
 from bachvid.catalog.registry import load_facts, published_models
 from bachvid.errors import ModelSupportError
 from bachvid.inputs.sections import ModelConfig
@@ -48,7 +49,7 @@ MODELS = (COG_2B, COG_5B, WAN_1B, WAN_14B)
 KEPT = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")  # by diffusers, in Wan
 
 
-def build_transformer(facts: ModelFacts, *, num_layers: int | None = None) -> nn.Module:
+def build_transformer(facts: ModelFacts, *, num_layers: int | None = None) -> Any:
     """The real class at its real size, without memory, in the dtypes in which it is loaded."""
     layers, heads = num_layers or facts.num_layers, facts.num_heads
     with torch.device("meta"):
@@ -69,7 +70,7 @@ def build_transformer(facts: ModelFacts, *, num_layers: int | None = None) -> nn
     return transformer.eval().requires_grad_(False)
 
 
-def build_vae(facts: ModelFacts) -> nn.Module:
+def build_vae(facts: ModelFacts) -> Any:
     with torch.device("meta"):
         if facts.family == "wan":
             return AutoencoderKLWan().eval()
@@ -84,7 +85,7 @@ def build_vae(facts: ModelFacts) -> nn.Module:
 
 
 def build_text_encoder(facts: ModelFacts) -> nn.Module:
-    sizes = {
+    sizes: Any = {
         "d_model": facts.text_dim,
         "d_kv": 64,
         "d_ff": 10_240,
@@ -94,8 +95,10 @@ def build_text_encoder(facts: ModelFacts) -> nn.Module:
     }
     with torch.device("meta"):
         if facts.family == "wan":
-            return UMT5EncoderModel(UMT5Config(vocab_size=256_384, **sizes))
-        return T5EncoderModel(T5Config(vocab_size=32_128, **sizes))
+            encoder: nn.Module = UMT5EncoderModel(UMT5Config(vocab_size=256_384, **sizes))
+        else:
+            encoder = T5EncoderModel(T5Config(vocab_size=32_128, **sizes))
+    return encoder
 
 
 def resolved(facts: ModelFacts, *overrides: str) -> ResolvedConfig:
@@ -114,7 +117,7 @@ def memory_of(
 @pytest.mark.parametrize("model_id", MODELS)
 def test_the_weights_of_the_published_models_are_those_of_the_real_classes(model_id: str) -> None:
     facts = PUBLISHED[model_id]
-    built = {
+    built: dict[Component, tuple[nn.Module, Sequence[str]]] = {
         "transformer": (build_transformer(facts), KEPT if facts.family == "wan" else ()),
         "vae": (build_vae(facts), ()),
         "text_encoder": (build_text_encoder(facts), ("wo",)),
@@ -171,7 +174,7 @@ def test_the_weights_of_a_folder_are_counted_in_its_files(
 
 def test_a_folder_in_several_files_is_counted_once_for_each_tensor(tmp_path: Path) -> None:
     facts = PUBLISHED[WAN_14B]
-    files = {
+    files: dict[str, dict[str, list[int]]] = {
         "transformer/a-00001-of-00002.safetensors": {"blocks.0.norm2.weight": [8], "x": [2, 3]},
         "transformer/a-00002-of-00002.safetensors": {"y": [5]},
         "transformer/a.fp16.safetensors": {"y": [5]},
@@ -218,6 +221,7 @@ def group_of() -> Iterator[Callable[[int], SequenceGroup]]:
             return ALONE
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
         world = dist.group.WORLD
+        assert world is not None
         return JoinedGroup(0, size, 0, 1, world, world, dist.destroy_process_group)
 
     yield join
@@ -242,10 +246,14 @@ def measure_forward(facts: ModelFacts, group: SequenceGroup, *, injects: bool) -
         cog_latents = torch.empty(num_branches, frames, 16, height, width, dtype=dtype)
     run = RunContext(layout, rotary, branches=facts.passes[0], group=group)
     control = EveryTokenInjected(facts, run) if injects else AttentionControl()
-    given = {"timestep": timestep, "encoder_hidden_states": text, "return_dict": False}
+    given: dict[str, object] = {
+        "timestep": timestep,
+        "encoder_hidden_states": text,
+        "return_dict": False,
+    }
     if facts.family == "cogvideox":
         shard_tokens(transformer.transformer_blocks[0], transformer.norm_final, group)
-        processors = {
+        processors: dict[str, object] = {
             "transformer_blocks.0.attn1.processor": cogvideox.CogVideoXControlledProcessor(
                 0, run, control
             )
@@ -267,7 +275,8 @@ def measure_forward(facts: ModelFacts, group: SequenceGroup, *, injects: bool) -
     own_table = 2 * layout.video_tokens * facts.head_dim * 4 if facts.has_rope else 0
     if facts.family == "cogvideox":
         own_table += sum(x.numel() * x.itemsize for x in transformer.buffers())
-    return live.peak + own_table
+    total: int = live.peak + own_table
+    return total
 
 
 @pytest.mark.parametrize("injects", [False, True])

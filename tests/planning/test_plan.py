@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bad_inputs import GOOD_STORY
@@ -13,6 +14,7 @@ from json_models import write_json_model, write_json_wan
 
 from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.inputs.story import Story
+from bachvid.methods.masking import ResolvedMaskConfig
 from bachvid.planning.config import RenderConfig
 from bachvid.planning.nodes import ClusterFacts, NodeFacts
 from bachvid.planning.plan import RenderPlan, render_plan
@@ -72,10 +74,10 @@ def test_the_cache_scales_with_what_is_kept(
     story: Story, folder: Path, override: str, factor: float
 ) -> None:
     steps = ("sampling.num_steps=26", "method.inject_steps=[0, 13]", "method.mask_step=10")
-    steps = ("method.profile=paper", *steps)  # both branches
-    base = plan_with(story, folder, *steps).cache_bytes
+    both = ("method.profile=paper", *steps)
+    base = plan_with(story, folder, *both).cache_bytes
     assert base == 432 * 4 * 32 * 2 * 4 * 8 * 13 * 2
-    assert plan_with(story, folder, *steps, override).cache_bytes == base * factor
+    assert plan_with(story, folder, *both, override).cache_bytes == base * factor
     assert plan_with(story, folder, "method.name=none").cache_bytes == 0
 
 
@@ -168,12 +170,13 @@ def test_the_json_is_json_and_agrees_with_the_plan(story: Story, folder: Path) -
 def test_the_words_that_make_masks_are_shown(story: Story, folder: Path, tmp_path: Path) -> None:
     model = write_json_wan(tmp_path / "wan")
     plan = plan_with(story, model)
+    assert isinstance(plan.config.method, ResolvedMaskConfig)
     assert plan.config.method.mask_words == "nouns"
     assert (plan.layout.text_tokens, plan.layout.grid) == (0, (41, 60, 104))
     lines = plan_text(plan).splitlines()
     assert lines[3] == "  masks by green, robot against desert"
     assert "10 of 512 tokens: background 1, character 4-5, action 7-8" in lines[5]
-    data = plan_json(plan)["scenes"][0]  # type: ignore[index]
+    data: Any = plan_json(plan)["scenes"][0]  # type: ignore[index]
     assert data["mask_words"] == {"character": ["green", "robot"], "background": ["desert"]}
 
     nouns = {"character": ["robot"]}

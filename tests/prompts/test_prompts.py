@@ -15,6 +15,7 @@ from bachvid.catalog.facts import Vocabulary
 from bachvid.catalog.registry import load_facts
 from bachvid.errors import ConfigError, ModelSupportError
 from bachvid.inputs.sections import ModelConfig
+from bachvid.inputs.words import Range
 from bachvid.prompts.compose import (
     Prompt,
     PromptSpan,
@@ -65,8 +66,8 @@ def test_rows_are_of_their_part_and_separators_of_none(folder: Path) -> None:
     assert tokens.num_tokens == 9
 
 
-def test_rows_are_of_the_words_that_stand_for_a_part(folder: Path) -> None:
-    words = {
+def test_rows_are_of_the_words_that_stand_for_a_segment(folder: Path) -> None:
+    words: dict[Segment, tuple[Range, ...]] = {
         "background": noun_ranges("a desert", None),
         "character": noun_ranges("a green robot", ["Robot"]),
     }

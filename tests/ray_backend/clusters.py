@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import ray
 from ray.cluster_utils import Cluster
+
+# What workers inherit: one thread each, as more than cores would only wait, and the toys' folder.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+)
 
 STORE_BYTES = 80 * 1024 * 1024  # Ray's least is 75 MiB
 HEALTH_CHECK = {

@@ -108,11 +108,15 @@ def test_a_gang_that_loses_a_rank_is_started_anew(
             where.note(event)
             if isinstance(event, Lost | WorkerLost):
                 lost.append(event)
-            is_due = isinstance(event, IdentityStep) if not killed else isinstance(event, FrameStep)
-            if is_due and len(killed) < 2:
-                killed.append(event)
-                video = "identity" if isinstance(event, IdentityStep) else event.video
-                os.kill(where.pid_of(event.scene, video, rank=1), signal.SIGKILL)
+            match event:
+                case IdentityStep(scene=scene) if not killed:
+                    pid = where.pid_of(scene, "identity", rank=1)
+                case FrameStep(scene=scene, video=video) if len(killed) == 1:
+                    pid = where.pid_of(scene, video, rank=1)
+                case _:
+                    continue
+            killed.append(event)
+            os.kill(pid, signal.SIGKILL)
     assert len(killed) == 2
     assert [type(event) for event in lost] == [WorkerLost, Lost] * 2
     assert_same_videos(latents(tmp_path / "run"), expected)

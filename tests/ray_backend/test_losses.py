@@ -69,11 +69,13 @@ class Runs:
             self.cluster.remove_node(nodes[0], allow_graceful=False)
             self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
             return 1
-        is_wanted = isinstance(event, IdentityStep if kind == "identity" else FrameStep)
-        if not is_wanted:
-            return 0
-        video = "identity" if isinstance(event, IdentityStep) else event.video
-        os.kill(where.pid_of(event.scene, video), signal.SIGKILL)
+        match kind, event:
+            case "identity", IdentityStep(scene=scene):
+                os.kill(where.pid_of(scene, "identity"), signal.SIGKILL)
+            case "frame", FrameStep(scene=scene, video=video):
+                os.kill(where.pid_of(scene, video), signal.SIGKILL)
+            case _:
+                return 0
         return 1
 
     def _render_killed(self, out: Path, at: int, policy: str) -> int:

@@ -27,6 +27,8 @@ from bachvid.errors import ConfigError
 from bachvid.planning.config import RenderConfig
 from bachvid.planning.plan import render_plan
 from bachvid.ray_backend.connection import ray_connection
+from bachvid.ray_backend.gang import GangWorker
+from bachvid.ray_backend.publisher import Refs
 from bachvid.scheduling.publication import Publication
 
 Hashes = dict[tuple[str, str], tuple[str, str]]
@@ -181,7 +183,7 @@ def test_damaged_keys_and_values_are_rendered_again(
     publish = Publication.publish
     damaged: list[int] = []
 
-    def damage_one(self: Publication, part: int, refs: dict[int, ray.ObjectRef]) -> None:
+    def damage_one(self: Publication[GangWorker, Refs], part: int, refs: Refs) -> None:
         publish(self, part, refs)
         if part == 3 and not damaged:
             payload = ray.get(refs[0]).payload
@@ -297,6 +299,8 @@ def test_a_store_that_is_full_fails_the_scene_in_our_words(
 LOCAL = """
 import os, psutil
 from bachvid.ray_backend.connection import ray_connection
+from bachvid.ray_backend.gang import GangWorker
+from bachvid.ray_backend.publisher import Refs
 
 with ray_connection("local"):
     driver = psutil.Process()

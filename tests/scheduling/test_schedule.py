@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bachvid.inputs.choices import Policy
 from bachvid.inputs.story import IDENTITY_ID
 from bachvid.scheduling.schedule import (
     FRAME_ATTEMPTS,
     IDENTITY_ATTEMPTS,
     Assignment,
-    Policy,
     SceneWork,
     Schedule,
     Slot,
