@@ -48,7 +48,7 @@ TRAITS = FamilyFacts(
 
 
 class TransformerFile(JsonFile):
-    """Of CogVideoXTransformer3DModel."""
+    """The config of a CogVideoXTransformer3DModel."""
 
     num_layers: int = Field(30, ge=1)
     num_attention_heads: int = Field(30, ge=1)
@@ -65,7 +65,7 @@ class TransformerFile(JsonFile):
 
 
 class VaeFile(JsonFile):
-    """Of AutoencoderKLCogVideoX."""
+    """The config of an AutoencoderKLCogVideoX."""
 
     latent_channels: int = Field(16, ge=1)
     block_out_channels: tuple[int, ...] = Field((128, 256, 256, 512), min_length=1)
@@ -134,7 +134,7 @@ def _facts(
 def _published() -> Mapping[str, ModelFacts]:
     """Sizes: diffusers, scripts/convert_cogvideox_to_diffusers.py, get_transformer_init_kwargs.
 
-    Values in the weights are counted in the real classes, by a test.
+    The numbers of weights are checked against the real classes by a test.
     """
     large = TransformerFile(
         num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True

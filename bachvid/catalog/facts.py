@@ -67,7 +67,7 @@ class ModelFacts:
 
     @property
     def passes(self) -> tuple[tuple[Branch, ...], ...]:
-        """The forwards of one guided step, in their order, by the CFG branches that share one."""
+        """The forwards of one guided step, in order: the CFG branches that share each."""
         return self.traits.passes
 
     @property
@@ -77,7 +77,7 @@ class ModelFacts:
 
     @property
     def joint_text_tokens(self) -> int:
-        """Text tokens in the video's own attention; 0 where text has an attention of its own."""
+        """Text tokens in the video's self-attention; 0 where text has a cross-attention."""
         return self.text_tokens if self.traits.has_joint_text else 0
 
     def step_at(self, level: float, num_steps: int) -> int:
@@ -124,11 +124,11 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A family, as its file in this folder shows it to the registry.
+    """What the file of a family in this folder offers to the registry.
 
     read: returns the facts of a diffusers folder, given the name of the model. Raises
-        ModelSupportError for one that is damaged, or of the family but not a model that we run.
-    published: by Hub id.
+        ModelSupportError if the folder is damaged, or if we do not run the model in it.
+    published: the facts of published models, by Hub id.
     """
 
     traits: FamilyFacts

@@ -12,10 +12,11 @@ from bachvid.layout.gangs import Branch
 
 @dataclass(frozen=True, slots=True)
 class ComponentTraits:
-    """In which dtypes the weights of a component are held.
+    """The dtypes in which the weights of a component are held.
 
-    Those are the dtype of `model.dtype`, but for tensors that stay in fp32: all with `is_fp32`,
-    else those with one of `fp32_words` in their dotted names, where that dtype is in `fp32_in`.
+    Weights have the dtype `model.dtype`, except for tensors that stay in fp32: all of them with
+    `is_fp32`; else, if `model.dtype` is in `fp32_in`, those whose dotted names contain one of
+    `fp32_words`.
     """
 
     is_fp32: bool = False
@@ -31,10 +32,10 @@ class ComponentTraits:
 class DecoderTraits:
     """How the autoencoder decodes. Sizes in pixels, as (height, width).
 
-    values: in memory at its peak for each pixel of a tile, beside the frames; measured in the
-        published autoencoder, whose layers at full resolution have `channels`.
-    tiled_from: videos with fewer pixels in a frame are decoded, and encoded, in one tile.
-    tile, stride: of overlapping tiles in larger videos.
+    values: peak number of values in memory per pixel of a tile, beside the frames; measured on the
+        published autoencoder, whose full-resolution layers have `channels` channels.
+    tiled_from: frames with fewer pixels than this are decoded and encoded in one tile.
+    tile, stride: size and distance of the overlapping tiles of larger frames.
     """
 
     values: int
@@ -46,16 +47,16 @@ class DecoderTraits:
 
 @dataclass(frozen=True, slots=True)
 class FamilyFacts:
-    """One family.
+    """The traits that all models of one family share.
 
     pipeline: the diffusers class that `model_index.json` names.
-    passes: the forwards of one guided step, in their order, by the CFG branches that share one.
-    has_joint_text: text tokens stand in the video's own attention, not in one beside it.
-    size_step: the stock pipeline refuses sizes in pixels that this does not divide.
+    passes: the forwards of one guided step, in order: the CFG branches that share each.
+    has_joint_text: text tokens take part in the video's self-attention; else in a cross-attention.
+    size_step: the stock pipeline refuses heights and widths that are no multiple of it.
     cleans_text: the stock pipeline unescapes HTML in prompts.
-    text_tokens: the length of prompts where no file of a model says it, so that ours may.
-    adds_in_fp32: blocks add to the hidden states in fp32, and those are normed in it behind them.
-    makes_rotary: the transformer makes its own table of positions in every forward.
+    text_tokens: the length of prompts, if no file of a model says it; `storybook.json` may.
+    adds_in_fp32: the blocks' residual additions, and the norm behind them, are computed in fp32.
+    makes_rotary: the transformer builds its own rotary table in every forward.
     """
 
     name: str

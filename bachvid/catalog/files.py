@@ -1,6 +1,6 @@
-"""The json files of a diffusers folder, as far as they are read. No torch, no diffusers.
+"""Reads the json files of a diffusers folder. No torch, no diffusers.
 
-What a file leaves out is the default of its diffusers class.
+Keys that a file leaves out have the default of the diffusers class.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Component = Literal["transformer", "vae", "text_encoder"]
 
 
 class JsonFile(BaseModel):
-    """A file of which we read some keys."""
+    """A json file of which we read some keys."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -37,13 +37,13 @@ class ModelIndex(JsonFile):
 
 
 class TextEncoderFile(JsonFile):
-    """Of T5EncoderModel or UMT5EncoderModel."""
+    """The config of a T5EncoderModel or UMT5EncoderModel."""
 
     d_model: int = Field(ge=1)
 
 
 def read_json(path: Path, model: type[FileT]) -> FileT:
-    """Read a file of a model folder. Raises ModelSupportError if it is not what `model` says."""
+    """Read a file of a model folder. Raises ModelSupportError if it does not fit `model`."""
     try:
         return validate(model, json.loads(read_text(path)), source=lambda _: str(path))
     except ConfigError as error:
@@ -53,7 +53,7 @@ def read_json(path: Path, model: type[FileT]) -> FileT:
 
 
 def check_channels(folder: Path, *, latent: tuple[int, int], text: tuple[int, int]) -> None:
-    """Check that components fit, by the channels that a transformer takes and those it is given.
+    """Check that a transformer takes as many channels as the other components give it.
 
     Raises ModelSupportError.
     """
@@ -66,7 +66,7 @@ def check_channels(folder: Path, *, latent: tuple[int, int], text: tuple[int, in
 
 @dataclass(frozen=True, slots=True)
 class ComponentSize:
-    """Values in the weights of a component; `fp32_values` of them are those of its fp32 words."""
+    """The number of weights of a component, and how many of them have one of its fp32 words."""
 
     values: int
     fp32_values: int = 0
@@ -79,9 +79,9 @@ class ComponentSize:
 def read_component_sizes(
     folder: Path, fp32_words: Mapping[Component, frozenset[str]]
 ) -> dict[Component, ComponentSize] | None:
-    """Count the weights of each component, by the headers of its safetensors files.
+    """Count the weights of each component from the headers of its safetensors files.
 
-    A tensor counts as fp32 if one of the words given for its component is in its dotted name.
+    A tensor counts as fp32 if its dotted name contains one of the words of its component.
     Returns None if a component has no such file. Raises ModelSupportError for a damaged one.
     """
     sizes: dict[Component, ComponentSize] = {}
@@ -97,7 +97,7 @@ def read_component_sizes(
 
 
 def _tensor_sizes(path: Path) -> dict[str, int]:
-    """Return the values of each tensor: a file begins with the length of a JSON header."""
+    """Return the number of values of each tensor; a JSON header, after its length, comes first."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -1,7 +1,7 @@
-"""What a model says of methods: its layers, and its noise levels. No torch.
+"""What methods need to know of a model: its layers and its noise levels. No torch.
 
-The paper counts layers from 1, the code from 0. For another depth than the paper's no layers are
-published; there we take those at the same relative depth.
+The paper counts layers from 1, the code from 0. Layers are published for one depth only; for
+others we take those at the same relative depth.
 Source: BachVid (arXiv 2510.21696v1), Sec. 3.2-3.4, App. B; its review version, App. B, for Wan.
 """
 
@@ -22,11 +22,11 @@ Level = Annotated[float, Field(ge=0, le=1)]
 
 
 class AttentionFacts(BaseModel):
-    """What a model says of methods. Layers count from 0.
+    """What methods need to know of a model. Layers count from 0.
 
-    inject_levels: where injection ends, by the profile of BachVid: published for `paper`.
-    mask_words: the review version of the paper takes masks from nouns where the text has an
-        attention of its own (Wan), and from whole phrases where it has not.
+    inject_levels: the level at which injection ends, for each profile; `paper` is as published.
+    mask_words: the review version of the paper takes masks from nouns where the text has a
+        cross-attention (Wan), else from whole phrases.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,7 +57,7 @@ class DefaultFacts(BaseModel):
 
 
 def cogvideox_attention(num_layers: int) -> AttentionFacts:
-    """Return the layers and levels of a CogVideoX; published are the layers of 42 (5b)."""
+    """Return the layers and levels of a CogVideoX; those of the 42 layers of 5b are published."""
     vital_layers = (0, 1, 11, 12, 13, 14, 15, 17, 19, 20, 21, 23, 29, 34, 41)
     return AttentionFacts(
         vital_layers=_at_depth(vital_layers, num_layers, published=42),
@@ -69,10 +69,10 @@ def cogvideox_attention(num_layers: int) -> AttentionFacts:
 
 
 def wan_attention(num_layers: int, flow_shift: float) -> AttentionFacts:
-    """Return the layers and levels of a Wan2.1; published are the layers of 40 (14B).
+    """Return the layers and levels of a Wan2.1; those of the 40 layers of 14B are published.
 
-    The levels are those of the published steps at the shift that the model is published with.
-    Injected steps are those of CogVideoX: none are published for Wan.
+    The mask level is that of the published step at the model's published flow shift. No injected
+    steps are published for Wan: they are CogVideoX's.
     """
     vital_layers = (0, 1, 16, 21, 23, 28, 32, 33, 34, 38, 39)
     return AttentionFacts(
@@ -86,13 +86,13 @@ def wan_attention(num_layers: int, flow_shift: float) -> AttentionFacts:
 
 
 def flow_level(done: float, flow_shift: float) -> float:
-    """Return the level where a share of a flow model's schedule is done."""
+    """Return the noise level of a flow model after a share `done` of its schedule."""
     left = 1 - done
     return 1 - flow_shift * left / (1 + (flow_shift - 1) * left)
 
 
 def share_done(level: float, flow_shift: float) -> float:
-    """Return the share of a flow model's schedule that is done at a level; undoes `flow_level`."""
+    """Return the share of a flow model's schedule that is done at a level: inverts `flow_level`."""
     sigma = 1 - level
     return 1 - sigma / (flow_shift - (flow_shift - 1) * sigma)
 

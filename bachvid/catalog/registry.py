@@ -1,4 +1,4 @@
-"""The families by name, and what a model is, read from its json files: no torch, no weights."""
+"""The registry of families, and the facts of a model from its json files. No torch, no weights."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ EMBEDDED: Mapping[str, Path] = {
 
 
 def load_families() -> list[Family]:
-    """Return all families, imported when they are first needed."""
+    """Import and return all families."""
     return [import_module(module).FAMILY for module in FAMILIES.values()]
 
 
 def published_models() -> dict[str, ModelFacts]:
-    """Return the facts of the models whose Hub ids need no network."""
+    """Return the facts of the published models, by Hub id; they need no network."""
     families = load_families()
     return {hub_id: facts for family in families for hub_id, facts in family.published.items()}
 
@@ -46,8 +46,8 @@ def published_models() -> dict[str, ModelFacts]:
 def load_facts(model: ModelConfig) -> ModelFacts:
     """Return the facts of an embedded model, a folder, or a Hub id.
 
-    The published models need no network; of another Hub id the json files are downloaded.
-    Raises ConfigError if `model.id` names nothing, ModelSupportError if not a model that we run.
+    For a Hub id that is not among the published models, the json files are downloaded.
+    Raises ConfigError if `model.id` names nothing, ModelSupportError if bachvid cannot run it.
     """
     if model.id in EMBEDDED:
         return read_facts(EMBEDDED[model.id], name=model.id)
@@ -67,7 +67,7 @@ def load_facts(model: ModelConfig) -> ModelFacts:
 
 
 def read_facts(folder: Path, *, name: str) -> ModelFacts:
-    """Read the facts of a diffusers folder. Raises ModelSupportError if we cannot run it."""
+    """Read the facts of a diffusers folder. Raises ModelSupportError if bachvid cannot run it."""
     index = read_json(folder / "model_index.json", ModelIndex)
     families = {family.traits.pipeline: family for family in load_families()}
     if index.class_name not in families:
@@ -87,7 +87,7 @@ class _StorybookFile(JsonFile):
 
 
 def _with_own_facts(facts: ModelFacts, path: Path) -> ModelFacts:
-    """Return `facts` with what stands in a file of ours, where a folder has one."""
+    """Return `facts` with the values of a `storybook.json`, if there is one."""
     if not path.exists():
         return facts
     own = read_json(path, _StorybookFile)

@@ -55,7 +55,7 @@ TRAITS = FamilyFacts(
 
 
 class IndexFile(ModelIndex):
-    """`model_index.json`; all but the class tell Wan2.2 from Wan2.1."""
+    """`model_index.json`; its keys, other than the class, tell Wan2.2 from Wan2.1."""
 
     transformer_2: tuple[str | None, ...] | None = None
     boundary_ratio: float | None = None
@@ -63,7 +63,7 @@ class IndexFile(ModelIndex):
 
 
 class TransformerFile(JsonFile):
-    """Of WanTransformer3DModel; the last two are those of models that also take an image."""
+    """The config of a WanTransformer3DModel; models that also take an image have the last two."""
 
     num_layers: int = Field(40, ge=1)
     num_attention_heads: int = Field(40, ge=1)
@@ -78,7 +78,7 @@ class TransformerFile(JsonFile):
 
 
 class VaeFile(JsonFile):
-    """Of AutoencoderKLWan; the last two are those of Wan2.2's."""
+    """The config of an AutoencoderKLWan; only Wan2.2's has the last two."""
 
     latent_channels: int = Field(16, ge=1, alias="z_dim")
     base_dim: int = Field(96, ge=1)
@@ -91,7 +91,7 @@ class VaeFile(JsonFile):
 
 
 class SchedulerFile(JsonFile):
-    """Of UniPCMultistepScheduler, which says flow_shift, or FlowMatchEulerDiscreteScheduler."""
+    """The config of a UniPC scheduler, which has flow_shift, or of a flow-matching Euler one."""
 
     flow_shift: float | None = Field(None, gt=0)
     shift: float = Field(1.0, gt=0)
@@ -114,9 +114,9 @@ def _read(folder: Path, name: str) -> ModelFacts:
 
 
 def _check(index: IndexFile, transformer: TransformerFile, vae: VaeFile, folder: Path) -> None:
-    """Refuse by name what is of the family, but not a Wan2.1 that makes videos from text.
+    """Refuse, by name, members of the family other than a Wan2.1 that makes videos from text.
 
-    Raises ModelSupportError, also for components that contradict each other.
+    Raises ModelSupportError, also if components contradict each other.
     """
     found = {
         "a transformer_2, so it is a Wan2.2 14B": any(index.transformer_2 or ()),
@@ -197,7 +197,7 @@ def _facts(
 def _published() -> Mapping[str, ModelFacts]:
     """Sizes and shift: diffusers, scripts/convert_wan_to_diffusers.py.
 
-    Values in the weights are counted in the real classes, by a test.
+    The numbers of weights are checked against the real classes by a test.
     """
     small = TransformerFile(num_layers=30, num_attention_heads=12, ffn_dim=8960)
     models = {

@@ -1,7 +1,7 @@
 """The sections of a config that belong to no method: as written, and resolved. No torch.
 
-As written, None means "use the model's value". A resolved section has the same keys and no None
-among those that a render needs; `bachvid.planning.resolve` makes it.
+As written, None means "use the model's value". `bachvid.planning.resolve` turns a written section
+into a resolved one, which has the same keys, and no None where a render needs a value.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Step = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """A frozen part of a config; keys that it does not have are refused."""
+    """A frozen section of a config; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -40,7 +40,7 @@ class ModelConfig(Section):
 
 
 class ResolvedModel(ModelConfig):
-    """Which model, with its dtype."""
+    """The resolved model, with its dtype."""
 
     dtype: Dtype
 
@@ -54,7 +54,7 @@ class VideoConfig(Section):
 
 
 class ResolvedVideo(VideoConfig):
-    """The size of a video in pixels, all of it."""
+    """The resolved size of a video in pixels."""
 
     pixel_frames: Count
     height: Count
@@ -62,7 +62,7 @@ class ResolvedVideo(VideoConfig):
 
 
 class SamplingConfig(Section):
-    """The denoising loop. `noise`: the same for all videos of a scene, or each its own."""
+    """The denoising loop. `noise`: one for all videos of a scene, or one for each video."""
 
     scheduler: SchedulerName | None = None
     num_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -72,7 +72,7 @@ class SamplingConfig(Section):
 
 
 class ResolvedSampling(SamplingConfig):
-    """The denoising loop, all of it."""
+    """The resolved denoising loop."""
 
     scheduler: SchedulerName
     num_steps: Annotated[int, Field(ge=1, le=1000)]
@@ -92,13 +92,13 @@ class OutputConfig(Section):
 
 
 class ResolvedOutput(OutputConfig):
-    """What is written, with its frame rate."""
+    """What is written, with the resolved frame rate."""
 
     fps: Annotated[int, Field(ge=1, le=120)]
 
 
 class CacheConfig(Section):
-    """How long keys and values of an identity video are kept. Nothing here changes a pixel."""
+    """How long the pieces of an identity video are kept. Nothing here changes a pixel."""
 
     policy: CachePolicy = "auto"
     window: Count = 4  # steps of one scene kept at once, under the policy `window`
@@ -124,6 +124,6 @@ class ParallelConfig(Section):
 
 
 def resolved_section(section: Section, resolved: type[SectionT], **defaults: object) -> SectionT:
-    """Return a section with `defaults` in place of None, as its resolved class."""
+    """Return `section` as its resolved class, with `defaults` in place of None."""
     written = {key: value for key, value in section if value is not None}
     return resolved(**{**defaults, **written})

@@ -1,6 +1,6 @@
 """Stories: scenes of one background, one character and several actions.
 
-Pure data: it knows no model, and so neither tokens nor vocabulary.
+Pure data, independent of any model.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _Part(BaseModel):
 
 
 class Action(_Part):
-    """What happens in one frame video. `seed`, if given, is its own noise."""
+    """What happens in one frame video. A `seed` of its own gives it a noise of its own."""
 
     id: Annotated[str, AfterValidator(_check_action_id)]
     text: Text

@@ -1,7 +1,7 @@
-"""Reading what people write: strict YAML, and pydantic's verdict in plain words.
+"""Reads what people write: strict YAML, with pydantic's errors in plain words.
 
-Nothing is guessed or repaired here. Every problem becomes a line of a ConfigError that names the
-file, the path in it, the value, the rule, and the nearest known spelling.
+Nothing is guessed or repaired. Every problem becomes a line of a ConfigError that names the file,
+the path in it, the value, the rule, and the nearest known spelling.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_SHOWN = 60  # characters of a value in a message
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, and tags beyond JSON's types."""
+    """A SafeLoader that refuses duplicate keys, and tags other than those of JSON's types."""
 
     def construct_mapping(
         self, node: yaml.MappingNode, deep: bool = False
@@ -74,7 +74,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def format_path(location: Iterable[int | str]) -> str:
-    """Return a path in a document, as in `scenes[0].actions[2].text`."""
+    """Format a path in a document, such as `scenes[0].actions[2].text`."""
     path = ""
     for part in location:
         if isinstance(part, int):

@@ -26,23 +26,23 @@ _FUNCTION_WORDS = frozenset(
 
 
 def clean_text(text: str) -> str:
-    """Clean text as the stock Wan pipeline does: what it changes later would move the tokens.
+    """Clean text as the stock Wan pipeline does, so that token spans stay where they are.
 
-    Departs: that also repairs wrongly decoded letters where the package ftfy is installed, so that
-    a video would depend on that.
+    Departs: the pipeline also repairs wrongly decoded letters if the package ftfy is installed; a
+    video must not depend on that.
     """
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
 def content_words(text: str) -> tuple[Range, ...]:
-    """Return the words of an English text that are not function words. No punctuation."""
+    """Return where the words of an English text stand, without function words and punctuation."""
     return tuple(
         found.span() for found in _WORD.finditer(text) if found[0].lower() not in _FUNCTION_WORDS
     )
 
 
 def find_words(words: Sequence[str], text: str) -> tuple[Range, ...]:
-    """Return all places of `words` in a text, in order: whole words or phrases, in any case."""
+    """Return where `words` stand in a text, in order: whole words or phrases, in any case."""
     places = {
         found.span()
         for word in words

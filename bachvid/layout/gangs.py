@@ -15,7 +15,7 @@ BRANCHES: tuple[Branch, ...] = ("uncond", "cond")
 
 @dataclass(frozen=True, slots=True)
 class RankShare:
-    """What one rank of a gang computes: these CFG branches, and of attention these heads."""
+    """What one rank of a gang computes: which CFG branches, and which attention heads."""
 
     branches: tuple[Branch, ...]
     first_head: int
@@ -23,15 +23,16 @@ class RankShare:
 
     @property
     def last_head(self) -> int:
-        """The first head behind this rank's."""
+        """One past the last head of this rank."""
         return self.first_head + self.num_heads
 
 
 @dataclass(frozen=True, slots=True)
 class Gang:
-    """`size` ranks; with `cfg` 2 one half computes the unconditional branch, the other the other.
+    """`size` ranks that render one video together.
 
-    With `cfg` 1 every rank computes both branches.
+    With `cfg` 2 one half computes the unconditional branch, the other half the conditional one.
+    With `cfg` 1 every rank computes both.
     """
 
     size: int = 1
@@ -57,7 +58,7 @@ class Gang:
 def cut_passes(
     passes: Sequence[Sequence[Branch]], branches: Sequence[Branch]
 ) -> tuple[tuple[Branch, ...], ...]:
-    """Return the forwards of a step, as `ModelFacts.passes` has them, with these branches only."""
+    """Return `ModelFacts.passes` restricted to `branches`."""
     cut = (tuple(branch for branch in shared if branch in branches) for shared in passes)
     return tuple(shared for shared in cut if shared)
 
@@ -65,7 +66,7 @@ def cut_passes(
 def overlapping_ranks(
     reader: RankShare, writers: Sequence[RankShare], branches: Sequence[Branch]
 ) -> list[int]:
-    """Name the ranks of a gang that record something of what a rank of another gang reads.
+    """Return the ranks of a gang that record anything that a rank of another gang reads.
 
     `branches` are those that are recorded at all.
     """

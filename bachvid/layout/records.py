@@ -1,7 +1,7 @@
-"""What an identity run leaves behind: pieces of attention, by layer, step and branch. No torch.
+"""What an identity run leaves behind: pieces, by layer, step and branch. No torch.
 
-A *piece* is one tensor of one site, all rows of the video and a rank's heads. What packs, checks,
-stores, streams and counts pieces does so from the list that a `Records` makes.
+A *piece* is one tensor of one site, all rows of the video and a rank's heads. Packing, checking,
+storing, streaming and counting all follow the list that a `Records` makes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KINDS: tuple[Kind, ...] = ("query", "key", "value", "out")
 
 
 class AttentionSite(NamedTuple):
-    """Where in a run an attention call is. `step` and `layer` count from 0."""
+    """The place of an attention call in a run. `step` and `layer` count from 0."""
 
     step: int
     layer: int
@@ -46,29 +46,29 @@ class Records:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Steps of which anything is recorded."""
-        return _rising(step for part in self._parts for step in part.steps)
+        """The steps at which anything is recorded."""
+        return _rising(step for each in self._nonempty for step in each.steps)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers of which anything is recorded."""
-        return _rising(layer for part in self._parts for layer in part.layers)
+        """The layers at which anything is recorded."""
+        return _rising(layer for each in self._nonempty for layer in each.layers)
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """Branches of which anything is recorded."""
-        found = {branch for part in self._parts for branch in part.branches}
+        """The branches of which anything is recorded."""
+        found = {branch for each in self._nonempty for branch in each.branches}
         return tuple(branch for branch in BRANCHES if branch in found)
 
     def kinds(self, site: AttentionSite) -> tuple[Kind, ...]:
-        """Return the kinds of pieces recorded at a site; none if nothing is."""
+        """Return the kinds of pieces that are recorded at a site."""
         found = {
             kind
-            for part in self.sets
-            if site.step in part.steps
-            and site.layer in part.layers
-            and site.branch in part.branches
-            for kind in part.kinds
+            for each in self.sets
+            if site.step in each.steps
+            and site.layer in each.layers
+            and site.branch in each.branches
+            for kind in each.kinds
         }
         return tuple(kind for kind in KINDS if kind in found)
 
@@ -90,16 +90,16 @@ class Records:
 
     @property
     def num_pieces(self) -> int:
-        """Pieces of all steps, layers and branches."""
+        """The number of pieces of all steps, layers and branches."""
         return sum(len(self.pieces(step)) for step in self.steps)
 
     @property
-    def _parts(self) -> tuple[RecordSet, ...]:
+    def _nonempty(self) -> tuple[RecordSet, ...]:
         """The sets that are not empty."""
         return tuple(
-            part
-            for part in self.sets
-            if part.kinds and part.layers and part.steps and part.branches
+            each
+            for each in self.sets
+            if each.kinds and each.layers and each.steps and each.branches
         )
 
 

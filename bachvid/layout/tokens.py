@@ -65,10 +65,10 @@ class TokenLayout:
         return slice(self.text_tokens, self.joint_tokens)
 
     def rank_tokens(self, size: int) -> int:
-        """Rows that each of `size` ranks has of the video; the last of them may be pads."""
+        """Return the number of video rows of each of `size` ranks; the last ones may be padding."""
         return -(-self.video_tokens // size)
 
     def rank_positions(self, rank: int, size: int) -> slice:
-        """Video positions of a rank's rows: equal chunks in raster order, the last ones cut."""
+        """Return the video positions of a rank: equal chunks in raster order, the last ones cut."""
         rows = self.rank_tokens(size)
         return slice(min(rank * rows, self.video_tokens), min((rank + 1) * rows, self.video_tokens))

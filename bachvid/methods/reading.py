@@ -1,4 +1,4 @@
-"""In which parts what an identity records travels to the frame videos of its scene. No torch.
+"""How the pieces of an identity travel to the frame videos of its scene, part by part. No torch.
 
 A *part* is the pieces of one recorded step, for the runs that read it.
 
@@ -33,7 +33,7 @@ class ReadingOrder:
 
     @property
     def num_parts(self) -> int:
-        """Parts of a whole publication."""
+        """The number of parts of a whole publication."""
         return len(self.steps)
 
     def part(self, reading_run: int, place: int) -> int:
@@ -43,9 +43,9 @@ class ReadingOrder:
         return sum(len(run.reads) for run in self._reading[:reading_run]) + place
 
     def passed(self, run: int, step: int) -> int:
-        """Count the parts, from the first, that a reader needs no more once it has done a step.
+        """Return how many of the first parts a reader no longer needs once it has done a step.
 
-        Without a window any step may be read again: none.
+        None without a window, where any step may be read again.
         """
         if not self.is_window:
             return 0
@@ -54,10 +54,10 @@ class ReadingOrder:
 
 
 def can_stream(method: Method[Any]) -> bool:
-    """Whether a window can serve a method: every run reads rising steps, no later than its own.
+    """Return whether a window can serve a method: every run reads rising steps, none after its own.
 
-    Else a reader would wait for a step that the identity, in lockstep, has not come to, or that
-    was dropped.
+    Otherwise a reader would wait for a step that the identity, in lockstep, has not reached, or
+    that was dropped.
     """
     return all(
         all(read.source <= read.step for read in run.reads)

@@ -39,7 +39,7 @@ Grid = tuple[int, int, int]
 
 
 class TextEncoder(NamedTuple):
-    """What makes embeddings of a prompt."""
+    """The tokenizer and the encoder that turn a prompt into embeddings."""
 
     tokenizer: PromptTokenizer
     encoder: PreTrainedModel
@@ -48,11 +48,11 @@ class TextEncoder(NamedTuple):
 class VideoModel(ABC):
     """A text-to-video model: text to embeddings, noise to latents, latents to pixels.
 
-    Latents are [1, F, C, h, w], or have their axes in the model's own order. The ranks of `group`
-    share its forwards, and attention must then be controlled, if only by `AttentionControl`:
-    diffusers' own processors would see one rank's tokens.
+    Latents are [1, F, C, h, w], or have these axes in the model's own order. If several ranks of
+    `group` share its forwards, attention must be controlled, if only by `AttentionControl`:
+    diffusers' own processors would see the tokens of one rank only.
 
-    A family says what differs, in its subclass. Loading an adapter is `bachvid.models.loading`'s.
+    Each family subclasses it with what differs. `bachvid.models.loading` loads the components.
     """
 
     first_block: ClassVar[str]
@@ -96,10 +96,10 @@ class VideoModel(ABC):
         return self._rotary_of(self.facts.layout(video).grid)
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Return embeddings [P, T, C], each the same whatever else is encoded with it.
+        """Return embeddings [P, T, C], each independent of what else is encoded with it.
 
-        One prompt at a time, as in a batch the last bits would differ, and with them the video; a
-        text that comes twice is encoded once.
+        Prompts are encoded one at a time: in a batch the last bits would differ, and with them the
+        video. A text that occurs twice is encoded once.
         """
         if self._text_encoder is None:
             self._text_encoder = self._load_text_encoder()
@@ -134,8 +134,8 @@ class VideoModel(ABC):
         """Run the transformer once, on the branches of all videos that share a forward.
 
         Returns the prediction for `latents` at one `timestep` (a scalar), in their layout and in
-        the dtype in which the stock pipeline guides. `conditioning` is what a video is made from
-        beside its prompt.
+        the dtype in which the stock pipeline applies guidance. `conditioning` is what a video is
+        made from besides its prompt.
         Raises ModelSupportError if the family takes no conditioning.
         """
         if conditioning is not None:
@@ -154,9 +154,9 @@ class VideoModel(ABC):
 
     @torch.no_grad()
     def encode(self, frames: NDArray[np.uint8]) -> Tensor:
-        """Return latents of the pixel frames [frames, H, W, 3] of one video: those most likely.
+        """Return the most likely latents of the pixel frames [frames, H, W, 3] of one video.
 
-        They are as those that `decode` takes, and drawn from nothing: the mode of the posterior.
+        They are the mode of the posterior, so nothing is drawn at random; `decode` takes them.
         Raises ConfigError for an illegal size, ModelSupportError if the autoencoder drops frames.
         """
         num_frames, height, width, _ = frames.shape
@@ -174,9 +174,9 @@ class VideoModel(ABC):
 
     @abstractmethod
     def solver(self, sampling: ResolvedSampling, noise: Tensor, noise_seed: int) -> Solver:
-        """Return the solver of one run, without a trace of another.
+        """Return a fresh solver for one run.
 
-        A stochastic one goes on drawing behind `noise`, which was drawn from `noise_seed`.
+        A stochastic one continues the random stream of `noise_seed` after the draws of `noise`.
         """
 
     @abstractmethod
@@ -200,7 +200,7 @@ class VideoModel(ABC):
 
     @abstractmethod
     def _embed(self, encoder: PreTrainedModel, ids_1T: Tensor, num_tokens: int) -> Tensor:
-        """Return embeddings [1, T, C] of a prompt of `num_tokens`, its padding not counted."""
+        """Return embeddings [1, T, C] of a prompt with `num_tokens` tokens before its padding."""
 
     @abstractmethod
     def _predict(self, latents: Tensor, timestep_B: Tensor, prompt_embeds: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class VideoModel(ABC):
 
     @abstractmethod
     def _scaled(self, encoded_BCFhw: Tensor) -> Tensor:
-        """Return latents of what the autoencoder encoded; undoes `_unscaled`."""
+        """Return latents of what the autoencoder encoded: inverts `_unscaled`."""
 
     def _rotary_of(self, grid: Grid) -> Rotary:
         if grid not in self._rotary:
@@ -247,8 +247,8 @@ def shard_tokens(first_block: nn.Module, behind_blocks: nn.Module, group: Sequen
     """Let the blocks of a transformer see this rank's chunk of the video tokens only.
 
     The tokens [B, N, C] that enter `first_block`, as its first argument or as `hidden_states`, are
-    padded with zeros and cut into equal raster chunks; those that enter `behind_blocks`, the
-    module behind the last block, are put together again. For good: call it once per transformer.
+    padded with zeros and cut into equal chunks in raster order; those that enter `behind_blocks`,
+    the module after the last block, are joined again. Permanent: call it once per transformer.
     """
     if group.size == 1:
         return
@@ -285,7 +285,7 @@ def choose_device(config: ModelConfig) -> torch.device:
 
 
 def _to_frames(video_CFHW: Tensor) -> NDArray[np.uint8]:
-    """Return what an autoencoder decoded, -1 to 1, as pixel frames [frames, H, W, 3]."""
+    """Convert a decoded video, -1 to 1, to pixel frames [frames, H, W, 3]."""
     unit_CFHW = (video_CFHW * 0.5 + 0.5).clamp(0, 1).float()
     bytes_FHWC = (unit_CFHW * 255).round().to(torch.uint8).permute(1, 2, 3, 0)
     frames: NDArray[np.uint8] = bytes_FHWC.contiguous().cpu().numpy()
@@ -293,6 +293,6 @@ def _to_frames(video_CFHW: Tensor) -> NDArray[np.uint8]:
 
 
 def _from_frames(frames: NDArray[np.uint8]) -> Tensor:
-    """Return pixel frames [frames, H, W, 3] as an autoencoder takes them: [C, F, H, W], -1 to 1."""
+    """Convert pixel frames [frames, H, W, 3] to an autoencoder's input [C, F, H, W], -1 to 1."""
     unit_FHWC = torch.tensor(frames).float() / 255.0  # a copy: frames may be read-only
     return unit_FHWC.permute(3, 0, 1, 2) * 2.0 - 1.0

@@ -48,7 +48,7 @@ class CogVideoXControlledProcessor:
         attention_mask: None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,  # the same table as context.rotary
     ) -> tuple[Tensor, Tensor]:
-        """Attend over [text | video]; names and result as diffusers, which calls this."""
+        """Attend over [text | video]; diffusers, which calls this, fixes names and result."""
         text_tokens = encoder_hidden_states.shape[1]
         joint_BSC = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         heads = (attn.heads, -1)
@@ -122,12 +122,12 @@ class CogVideoXModel(VideoModel):
         return Rotary(cos_ND, sin_ND)
 
     def _embed(self, encoder: T5EncoderModel, ids_1T: Tensor, num_tokens: int) -> Tensor:
-        """Padding is not masked, as CogVideoX was trained."""
+        """Return embeddings; padding is not masked, as in training."""
         embeds: Tensor = encoder(ids_1T)[0].to(self.dtype)
         return embeds
 
     def _predict(self, latents: Tensor, timestep_B: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """In fp32, in which the stock pipeline guides."""
+        """Run the transformer; the result is fp32, in which the stock pipeline applies guidance."""
         _, frames, _, height, width = latents.shape
         patch = self.facts.patch_size
         rotary = self._rotary_of((frames, height // patch, width // patch))

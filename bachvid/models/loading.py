@@ -1,6 +1,6 @@
-"""How an adapter gets its components from a diffusers folder: safetensors only, no code from there.
+"""Loads the components of an adapter from a diffusers folder: safetensors only, no remote code.
 
-What is the same for all families stands here; nothing here names one.
+Shared by all families; nothing here names one.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def load_adapter(
 class ComponentLoader:
     """Loads the components of one model: from a folder, or from the Hub.
 
-    Raises ModelSupportError if one is of a class that is not among its `classes`: it would load,
-    but as another model than it is.
+    Raises ModelSupportError for a component whose class is not in `classes`: it would load, but as
+    another model.
     """
 
     def __init__(self, config: ModelConfig, facts: ModelFacts, *, classes: Classes) -> None:
@@ -115,7 +115,7 @@ class ComponentLoader:
     def place(self, transformer: torch.nn.Module, vae: torch.nn.Module) -> None:
         """Move both to the device or, with model.offload, let them take turns there.
 
-        Accelerate's hooks do that: each component moves when it is called, after the other left.
+        Accelerate's hooks move a component in when it is called, after the other has left.
         """
         if self._config.offload == "none":
             transformer.to(self.device)
@@ -145,7 +145,7 @@ class ComponentLoader:
         )
 
     def _load_file(self, load: Callable[[], LoadedT], *, name: str) -> LoadedT:
-        """Return `load()`; what a library says about bad files becomes a ConfigError.
+        """Return `load()`, turning what a library raises for bad files into a ConfigError.
 
         Raises ConfigError for files that are absent, damaged or of other sizes than their config.
         """
@@ -171,7 +171,7 @@ class ComponentLoader:
 
 @contextmanager
 def _no_loading_bars() -> Iterator[None]:
-    """Keep the bars of both libraries off stderr: progress there is the command line's to show."""
+    """Silence the progress bars of both libraries: on stderr the command line shows its own."""
     noisy = [
         log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()
     ]

@@ -1,4 +1,4 @@
-"""The adapters by family, each imported when a model of its family is loaded."""
+"""The registry of adapters: one is imported when a model of its family is loaded."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""How a prediction becomes the latents of the next step, as diffusers' schedulers do it.
+"""Solvers: diffusers' schedulers, each with the state of one run.
 
-A solver is a scheduler with the state of one run. Its scheduler is fresh, with its timesteps set.
+They turn a prediction into the latents of the next step.
+
+A solver takes a fresh scheduler whose timesteps are set.
 """
 
 from __future__ import annotations
@@ -25,16 +27,16 @@ class Solver(Protocol):
     timesteps: Tensor  # one for each step
 
     def advance(self, step: int, prediction: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the latents behind `step`, and what they are expected to become (x0 hat).
+        """Return the latents after `step`, and what they are expected to become (x0 hat).
 
         Called once for every step, in rising order: a solver may remember what was predicted.
         """
 
     def estimate(self, step: int, prediction: Tensor, latents: Tensor) -> Tensor:
-        """Return what `advance` expects the latents to become, bitwise; advances nothing."""
+        """Return the same x0 hat as `advance` does, bitwise, without advancing."""
 
     def noised(self, clean: Tensor, noise: Tensor, step: int) -> Tensor:
-        """Return finished latents with as much of `noise` as the latents before `step` have."""
+        """Return finished latents with as much of `noise` as latents have before `step`."""
 
 
 class DdimSolver:
@@ -83,7 +85,7 @@ class DpmSolver:
         return latents, estimate
 
     def estimate(self, step: int, prediction: Tensor, latents: Tensor) -> Tensor:
-        """Return x0 hat, of a step whose noise nobody uses: only so does the scheduler say it."""
+        """Return x0 hat from a step whose noise is unused: the scheduler offers no other way."""
         unused = torch.Generator()
         estimate: Tensor = self._scheduler.step(
             prediction,
@@ -102,7 +104,7 @@ class DpmSolver:
 
 
 class FlowSolver:
-    """UniPC or Euler on the straight line between video and noise, whose direction is predicted."""
+    """UniPC or Euler on the straight line from noise to video; the model predicts its direction."""
 
     def __init__(
         self, scheduler: UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler

@@ -1,8 +1,8 @@
 """Wan2.1 from text (1.3B, 14B and models like them) on the diffusers classes.
 
 For the same inputs it returns what the stock diffusers pipeline does, bit by bit. Latents are
-[1, C, F, h, w] in fp32, whatever the dtype of the weights. Text has an attention of its own, so the
-joint tokens are those of the video. Shapes: B batch, F latent frames, T text tokens, S video
+[1, C, F, h, w] in fp32, whatever the dtype of the weights. Text has a cross-attention, so the joint
+tokens are those of the video. Shapes: B batch, F latent frames, T text tokens, S video
 tokens, N video positions, H heads, D channels per head, C channels.
 """
 
@@ -47,7 +47,7 @@ class WanSelfAttention:
         attention_mask: None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,  # the same table as context.rotary
     ) -> Tensor:
-        """Attend among the video rows of this rank; names are those of diffusers, which calls."""
+        """Attend among video rows; diffusers, which calls this, fixes the names."""
         qkv = QKV(*_project(attn, hidden_states, hidden_states))
         out_BSC = controlled_attention(self.context, self.control, self.layer, qkv)
         out: Tensor = attn.to_out[0](out_BSC)  # [1] is dropout
@@ -142,7 +142,7 @@ class WanModel(VideoModel):
         return Rotary(cos_ND, sin_ND)
 
     def _embed(self, encoder: UMT5EncoderModel, ids_1T: Tensor, num_tokens: int) -> Tensor:
-        """Of padding no embeddings but zeros, as Wan was trained."""
+        """Return embeddings; those of padding are zeros, as in training."""
         mask_1T = torch.zeros_like(ids_1T)
         mask_1T[:, :num_tokens] = 1
         embeds: Tensor = encoder(ids_1T, mask_1T)[0].to(self.dtype)
@@ -150,7 +150,7 @@ class WanModel(VideoModel):
         return embeds
 
     def _predict(self, latents: Tensor, timestep_B: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """In the dtype of the weights, in which the stock pipeline guides."""
+        """Run the transformer in the dtype of the weights, in which the stock pipeline guides."""
         prediction: Tensor = self.transformer(
             hidden_states=latents.to(self.dtype),
             timestep=timestep_B,

@@ -23,9 +23,9 @@ _SEPARATOR = ", "
 
 @dataclass(frozen=True, slots=True)
 class PromptSpan:
-    """The characters [start, stop) that a segment takes in the prompt.
+    """The characters [start, stop) of a prompt that a segment takes.
 
-    `words` are the ranges of them that stand for the segment in masks; none: all of it.
+    `words` are the ranges among them that stand for the segment in masks; empty means all of it.
     """
 
     segment: Segment
@@ -42,7 +42,7 @@ class Prompt:
     spans: tuple[PromptSpan, ...] = ()
 
     def words(self, segment: Segment) -> tuple[str, ...]:
-        """Return the words that stand for a segment in masks; none: all of it."""
+        """Return the words that stand for a segment in masks; empty means all of it."""
         return tuple(
             self.text[start:stop]
             for span in self.spans
@@ -60,7 +60,7 @@ def compose_prompt(
 ) -> Prompt:
     """Join the segments as "background, character, action".
 
-    `words`: of each segment, the ranges that stand for it in masks, as `noun_ranges` gives them.
+    `words`: for each segment, the ranges that stand for it in masks, as `noun_ranges` returns them.
     Source: BachVid (arXiv 2510.21696v1), App. C.
     """
     text, spans = "", []
@@ -74,11 +74,11 @@ def compose_prompt(
 
 
 def noun_ranges(phrase: str, nouns: Sequence[str] | None) -> tuple[Range, ...]:
-    """Return where the nouns of a phrase stand; without any given, all but function words.
+    """Return where the nouns of a phrase stand; without `nouns`, all words but function words.
 
     Raises ConfigError if there are none.
-    Source: BachVid, review version, App. B: whole phrases fail on Wan, since "the" or "with" get
-    much attention. There a language model names the nouns.
+    Source: BachVid, review version, App. B: whole phrases fail on Wan, where words like "the"
+    and "with" get much attention. In the paper a language model names the nouns.
     """
     ranges = find_words(nouns, phrase) if nouns else content_words(phrase)
     if not ranges:

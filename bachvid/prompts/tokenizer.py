@@ -25,7 +25,7 @@ from bachvid.prompts.compose import Prompt, Segment
 class TokenizedPrompt:
     """Token ids, padded to the model's text length, and the rows that stand for each segment.
 
-    `num_tokens` counts what is not padding, the end token too.
+    `num_tokens` counts all tokens but padding, including the end token.
     """
 
     ids: tuple[int, ...]
@@ -50,9 +50,9 @@ class PromptTokenizer:
     def load(
         cls, facts: ModelFacts, *, revision: str | None = None, download: bool = True
     ) -> PromptTokenizer:
-        """Load the tokenizer of `facts`: from its folder, or for a Hub model from the Hub.
+        """Load the tokenizer of a model from its folder or, for a Hub model, from the Hub.
 
-        Without `download`, a Hub model's must be on this machine already.
+        Without `download`, the files of a Hub model must be on this machine already.
         Raises ModelSupportError if there is none.
         """
         folder = facts.folder / "tokenizer" if facts.folder else None
