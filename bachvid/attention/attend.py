@@ -1,6 +1,6 @@
 """Attention that a control may watch and change.
 
-Knows no model, no method and no worker, and not how many ranks share a video. Shape suffixes: see
+Depends on no model, method or worker, and not on how many ranks share a video. Shape suffixes: see
 `bachvid.attention.control`.
 """
 
@@ -24,19 +24,19 @@ from bachvid.layout.tokens import TokenLayout
 def attend(qkv: QKV, groups: Sequence[KVGroup], rotary: Rotary, layout: TokenLayout) -> Tensor:
     """Attend over the joint sequence; the rows of a group also attend to its keys.
 
-    Exact, by plain attention calls and without a mask. The sequence's own keys and values are
-    copied once, with room for the longest group behind them. One group after another is written
-    into the room, and its rows attend to [own | room]; the rows of no group attend to [own].
-    Groups without a row or a key are skipped; without any group this is one call, bit-equal to
-    diffusers. Extra memory: the copy and its room.
+    Exact: plain attention calls, no mask. The sequence's own keys and values are copied once into
+    a buffer with space for the longest group behind them. Each group in turn is written into that
+    space, and its rows attend to [own | group]; rows of no group attend to [own]. Groups without
+    a row or a key are skipped; with no group left this is one call, bit-equal to diffusers. Extra
+    memory: the buffer.
 
-    No row may be in two groups, or twice in one. That is checked on a CPU only, as a GPU would
-    have to be waited for; there such rows leave others without a result.
+    No row may be in two groups, or twice in one. This is checked on a CPU only, because the check
+    would synchronize a GPU; there, shared rows leave other rows without a result.
 
     Returns out_BSHD.
 
     Raises:
-        LayoutError: if the sequence does not fit `layout`, or groups are seen to share rows.
+        LayoutError: if the sequence does not fit `layout`, or groups share rows.
     Source: BachVid (arXiv 2510.21696v1), Sec. 3.5, Eq. (12)-(14).
     """
     num_rows = qkv.query_BSHD.shape[1]
@@ -50,8 +50,8 @@ def attend(qkv: QKV, groups: Sequence[KVGroup], rotary: Rotary, layout: TokenLay
     if not groups:
         return _sdpa(query_BSHD, rotary.rotate_joint(qkv.key_BSHD, layout), qkv.value_BSHD)
 
-    # Behind the own keys, not before: measured on a CPU, both take the same time, as the kernel
-    # copies no slice of rows, and like this every call reads from the start of the buffers.
+    # Groups go behind the own keys, not before: on a CPU both take the same time, since the kernel
+    # copies no slice of rows, and this way every call reads from the start of the buffers.
     num_keys = num_rows + max(len(group.positions_M) for group in groups)
     key_BKHD = pad_rows(rotary.rotate_joint(qkv.key_BSHD, layout), num_keys)
     value_BKHD = pad_rows(qkv.value_BSHD, num_keys)
@@ -78,13 +78,13 @@ def controlled_attention(
 ) -> Tensor:
     """Run one layer's attention for all CFG branches of a forward, under `control`.
 
-    `qkv` and the result out_BSC, the attention output before the output projection, are of the
-    rows that this rank has: all text rows, then its video rows, pads at the end. Pads are no keys,
-    and no method sees them. If no branch has groups, the whole batch is one plain attention call,
-    as in diffusers.
+    `qkv` and the result out_BSC (the attention output before the output projection) hold the rows
+    of this rank: all text rows, then its video rows, with padding at the end. Padding is never a
+    key, and no method sees it. If no branch has groups, the whole batch is one plain attention
+    call, as in diffusers.
 
     Raises:
-        LayoutError: if the batch does not divide by the number of branches, or the rows do not
+        LayoutError: if the batch is no multiple of the number of branches, or the rows do not
             fit the layout.
     """
     num_videos = _videos_of_branch(run, qkv.query_BSHD)
@@ -115,13 +115,13 @@ def controlled_cross_attention(
     key_BTHD: Tensor,
     value_BTHD: Tensor,
 ) -> Tensor:
-    """Run one layer's attention from video to text for all branches, seen by `control`.
+    """Run one layer's attention from video to text for all branches; `control` may watch.
 
-    Queries are the video rows that this rank has, pads at the end; they need no other rank.
+    Queries are the video rows of this rank, padding at the end; no other rank takes part.
     Returns out_BSC, before the output projection.
 
     Raises:
-        LayoutError: if the batch does not divide by the number of branches.
+        LayoutError: if the batch is no multiple of the number of branches.
     """
     num_videos = _videos_of_branch(run, query_BSHD)
     positions = run.positions
@@ -161,12 +161,12 @@ def _sdpa(query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor) -> Tensor:
 
 
 def _used(groups: Sequence[KVGroup]) -> list[KVGroup]:
-    """Return the groups that have a row and a key: the others change nothing."""
+    """Return the groups that have a row and a key; the others change nothing."""
     return [group for group in groups if len(group.query_rows_Q) and len(group.positions_M)]
 
 
 def _other_rows(groups: Sequence[KVGroup], num_rows: int) -> Tensor:
-    """Return the rows in none of the groups, ascending. By a sort: `nonzero` waits for a GPU."""
+    """Return the rows in no group, ascending. Sorts, because `nonzero` synchronizes a GPU."""
     taken_S = torch.zeros(num_rows, dtype=torch.uint8, device=groups[0].query_rows_Q.device)
     for group in groups:
         taken_S.index_fill_(0, group.query_rows_Q, 1)

@@ -1,4 +1,4 @@
-"""Where a run is: what the loop tells the controls."""
+"""Where a run currently is, as the loop tells the controls."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class RunContext:
 
     @property
     def positions(self) -> slice:
-        """The video positions of this rank's rows, without pads."""
+        """The video positions of this rank's rows, without padding."""
         return self.layout.rank_positions(self.group.rank, self.group.size)
 
     def gather_positions(self, x_NC: Tensor) -> Tensor:
-        """Return the rows of the whole video, given those of this rank's positions: a collective.
+        """Gather the rows of the whole video from those of each rank's positions: a collective.
 
         `x_NC` may have any dtype; the rows are in raster order.
         """

@@ -1,12 +1,12 @@
 """What a control sees, and what it may do: the seam between a method and a model.
 
-Imports no torch, so that the file of a method can hold its data and its controls. Shape suffixes
+Imports no torch, so that a method's file can hold both its data and its controls. Shape suffixes
 of the whole package: B videos of one CFG branch, S joint tokens [text | video], N and M video
 tokens of the frame and the identity video, T text tokens, Q selected query rows, H heads,
 D channels per head, C model channels.
 
-Several ranks may share one video. Between the calls of attention a rank has the text and its own
-video rows, of all heads; within, all rows of its own heads.
+Several ranks may share one video. Outside attention a rank holds the text and its own video rows,
+with all heads; inside, it holds all rows, with its own heads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class QKV(NamedTuple):
-    """Queries, keys and values of one layer: after qk-norm, before RoPE, joint rows."""
+    """Queries, keys and values of one layer: joint rows, after qk-norm, before RoPE."""
 
     query_BSHD: Tensor
     key_BSHD: Tensor
@@ -33,8 +33,8 @@ class QKV(NamedTuple):
 class KVGroup:
     """Query rows that also attend to given keys and values, beside the sequence's own.
 
-    Keys are before RoPE; `positions_M` (int64) are the video positions that they take.
-    `query_rows_Q` (int64) are joint rows. The groups of one site share no query row.
+    Keys are before RoPE, which rotates them to the video positions `positions_M` (int64).
+    `query_rows_Q` (int64) are joint rows. No two groups of a site share a query row.
     """
 
     query_rows_Q: Tensor
@@ -44,10 +44,10 @@ class KVGroup:
 
 
 class Guided(NamedTuple):
-    """The predictions of one step, of the whole video on every rank: in the model's own layout.
+    """The predictions of one step, for the whole video on every rank, in the model's layout.
 
-    `uncond` is None without guidance. `estimate` turns a prediction into the video that it expects
-    (x0 hat).
+    `uncond` is None without guidance. `estimate` turns a prediction into its estimate of the final
+    latents (x0 hat).
     """
 
     step: int
@@ -59,7 +59,7 @@ class Guided(NamedTuple):
 
 
 class Denoised(NamedTuple):
-    """A step, the latents that it leaves, and the video that they are expected to become."""
+    """A step, the latents after it, and its estimate of the final latents."""
 
     step: int
     latents: Tensor
@@ -67,46 +67,46 @@ class Denoised(NamedTuple):
 
 
 class AttentionControl:
-    """What a method does in one run; this one does nothing.
+    """What a method does in one run. The base class does nothing.
 
-    Every call is a no-op by default, and a tensor that is returned unchanged keeps the fast path:
-    one plain attention call for the whole batch, bit-equal to diffusers. At a site a control sees
-    the batch rows of one CFG branch at a time.
+    Every method is a no-op by default, and returning a tensor unchanged keeps the fast path: one
+    plain attention call for the whole batch, bit-equal to diffusers. At a site, a control sees the
+    batch rows of one CFG branch at a time.
     """
 
     def before(self, site: AttentionSite, qkv: QKV) -> QKV:
-        """Record or change queries, keys and values, before RoPE: all tokens, this rank's heads."""
+        """Record or change queries, keys and values before RoPE: all tokens, this rank's heads."""
         return qkv
 
     def extra(self, site: AttentionSite, qkv: QKV) -> Sequence[KVGroup]:
-        """Return any number of groups of queries with more keys; no row in two of them."""
+        """Return groups of queries that attend to extra keys; no row may be in two groups."""
         return ()
 
     def mix(self, site: AttentionSite, out_BSHD: Tensor) -> Tensor:
-        """Record or change what attention gave: all tokens, this rank's heads.
+        """Record or change the result of attention: all tokens, this rank's heads.
 
-        Before the ranks exchange rows, so that what is linear per token needs no other rank.
+        Called before the ranks exchange rows, so what is linear per token needs no other rank.
         """
         return out_BSHD
 
     def after(self, site: AttentionSite, out_BSC: Tensor) -> Tensor:
         """Record or change the attention output of all heads, before the output projection.
 
-        Of the text and this rank's video rows (`RunContext.positions`).
+        The rows are the text and this rank's video rows (`RunContext.positions`).
         """
         return out_BSC
 
     def cross(self, site: AttentionSite, query_BSHD: Tensor, key_BTHD: Tensor) -> None:
-        """Look at the attention to the text, in models that have it apart: no RoPE, all heads.
+        """Watch the cross-attention to the text, in models that have one: no RoPE, all heads.
 
-        The queries are this rank's video rows, the keys all text tokens, pads included.
+        The queries are this rank's video rows, the keys all text tokens, padding included.
         """
 
     def guide(self, predicted: Guided) -> Tensor:
-        """Return the prediction that the solver follows; here as the stock pipelines guide."""
+        """Return the prediction for the solver; by default guided as in the stock pipelines."""
         if predicted.uncond is None:
             return predicted.cond
         return predicted.uncond + predicted.scale * (predicted.cond - predicted.uncond)
 
     def stepped(self, done: Denoised) -> None:
-        """Note what a step left, once the solver has advanced."""
+        """Record the result of a step, after the solver has advanced."""

@@ -11,21 +11,21 @@ from bachvid.layout.tokens import TokenLayout
 
 
 class SequenceGroup(Protocol):
-    """The ranks that share one video, as one of them sees them.
+    """The ranks that share one video, seen from one of them.
 
     `size` ranks share the tokens of a branch: each has all text rows and an equal raster chunk of
-    the video rows, behind which the last ranks may need pads. With `cfg_size` 2 there are two such
-    sets; that of `cfg_rank` 0 computes the branch uncond. Every method is a collective: all ranks
-    call it, with tensors of one shape.
+    the video rows; the last ranks may need padding behind it. With `cfg_size` 2 there are two such
+    sets, and the one of `cfg_rank` 0 computes the uncond branch. Every method is a collective: all
+    ranks call it, with tensors of the same shape.
     """
 
     @property
     def rank(self) -> int:
-        """The rank among those that share a branch."""
+        """This rank's index among those that share a branch."""
 
     @property
     def size(self) -> int:
-        """The ranks that share a branch."""
+        """Number of ranks that share a branch."""
 
     @property
     def cfg_rank(self) -> int:
@@ -36,35 +36,35 @@ class SequenceGroup(Protocol):
         """1 if every rank computes both branches, 2 if each computes one."""
 
     def to_heads(self, x_BSHD: Tensor, layout: TokenLayout) -> Tensor:
-        """Return all joint rows of this rank's heads, given this rank's rows of all heads.
+        """Exchange this rank's rows of all heads for all joint rows of this rank's heads.
 
-        `x_BSHD` has the text, then this rank's video rows and pads; the result has no pads.
+        `x_BSHD` has the text, then this rank's video rows and padding; the result has no padding.
 
         Raises:
-            LayoutError: if `x_BSHD` has not as many rows as `layout` gives a rank.
+            LayoutError: if `x_BSHD` has another number of rows than `layout` gives a rank.
         """
 
     def to_tokens(self, x_BSHD: Tensor, layout: TokenLayout) -> Tensor:
-        """Return this rank's rows of all heads, text first, without pads; undoes `to_heads`."""
+        """Undo `to_heads`: return this rank's rows of all heads, text first, without padding."""
 
     def gather_tokens(self, x_BNC: Tensor, num_tokens: int) -> Tensor:
-        """Return [B, num_tokens, C]: the video rows of all ranks, in raster order, without pads.
+        """Return [B, num_tokens, C]: the video rows of all ranks in raster order, without padding.
 
-        `x_BNC` has this rank's rows, with or without its pads.
+        `x_BNC` has this rank's rows, with or without padding.
         """
 
     def sum(self, x: Tensor) -> Tensor:
-        """Return the sum over the ranks that share a branch: bitwise the same on all of them."""
+        """Return the sum over the ranks that share a branch, bitwise the same on all of them."""
 
     def from_cond(self, x: Tensor) -> Tensor:
         """Broadcast `x` from the cond rank; on the uncond rank only its shape and dtype matter."""
 
     def gather_branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `x` of the uncond rank and of the cond rank. Only with `cfg_size` 2."""
+        """Return `x` of the uncond rank and of the cond rank. For `cfg_size` 2 only."""
 
 
 class Alone:
-    """The group of one rank, which has every row, head and branch: it returns what it is given."""
+    """A group of one rank, which has every row, head and branch: every method is the identity."""
 
     rank = 0
     size = 1
@@ -94,10 +94,7 @@ ALONE: SequenceGroup = Alone()
 
 
 def pad_rows(x_BS: Tensor, num_rows: int) -> Tensor:
-    """Return `num_rows` rows: those of `x_BS` and zeros behind; `x_BS` itself if none is missing.
-
-    Dimensions after the rows may be any.
-    """
+    """Pad `x_BS` (any further dimensions) with rows of zeros; returns `x_BS` if none is missing."""
     missing = num_rows - x_BS.shape[1]
     if not missing:
         return x_BS

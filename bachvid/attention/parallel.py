@@ -1,8 +1,8 @@
-"""How the ranks of a gang exchange what they share: Ulysses sequence parallelism, CFG apart.
+"""How the ranks of a gang exchange tensors: Ulysses sequence parallelism, and CFG parallelism.
 
-A gang is on one machine: its sockets are those of the loopback interface. On GPUs xfuser makes the
-groups, over NCCL; on CPUs torch does, over gloo. The all-to-all is yunchang's on both, and the
-shared decoder DistVAE's. Shape suffixes: see `bachvid.attention.control`.
+A gang lives on one machine and its sockets are on the loopback interface. On GPUs xfuser makes the
+process groups, over NCCL; on CPUs torch does, over gloo. The all-to-all is yunchang's on both; the
+parallel decoder is DistVAE's. Shape suffixes: see `bachvid.attention.control`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bachvid.layout.tokens import TokenLayout
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JoinedGroup:
-    """The `SequenceGroup` of a process that has met the other ranks of its gang."""
+    """The `SequenceGroup` of a process that has joined the other ranks of its gang."""
 
     rank: int
     size: int
@@ -89,16 +89,16 @@ class JoinedGroup:
         self._leave()
 
     def _all_to_all(self, x_BSHD: Tensor, scattered: int, gathered: int) -> Tensor:
-        """Split one dimension over the ranks, and put the other together: 1 rows, 2 heads."""
+        """Split one dimension over the ranks and gather the other; dimension 1 is rows, 2 heads."""
         exchanged: Tensor = SeqAllToAll4D.apply(self._sequence, x_BSHD, scattered, gathered)
         return exchanged
 
 
 def join_group(gang: Gang, rank: int, *, device: torch.device, init_file: Path) -> JoinedGroup:
-    """Meet the other ranks of a gang; returns when all of them are there.
+    """Join the other ranks of a gang; returns when all of them have.
 
-    They meet in `init_file`, which does not exist before and is of this gang only. A process can
-    be in one gang at a time.
+    They rendezvous at `init_file`, which must not exist yet and belongs to this gang only. A
+    process can be in one gang at a time.
     """
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
@@ -110,10 +110,10 @@ def join_group(gang: Gang, rank: int, *, device: torch.device, init_file: Path) 
 
 
 def share_decoder(vae: nn.Module) -> bool:
-    """Let the gang of this process decode together, rows of pixels apart, if DistVAE can.
+    """Split the decoder of this process's gang by rows of pixels, if DistVAE supports it.
 
-    Returns whether it can: then every rank must decode what the others do. It knows the VAE of
-    Wan, and not that of CogVideoX.
+    Returns whether it does; then every rank must decode what the others decode. DistVAE supports
+    the VAE of Wan, but not that of CogVideoX.
     """
     if parallel.decoder_adapter_name(vae) is None:
         return False
@@ -128,7 +128,7 @@ def _join_on_cpu(gang: Gang, rank: int, device: torch.device, method: str) -> _G
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=gang.size)
     ranks = torch.arange(gang.size).view(gang.cfg, gang.sequence)
     cfg_rank, sequence_rank = divmod(rank, gang.sequence)
-    # Every rank makes every group, also those that it is not in, in the same order.
+    # Every rank makes every group in the same order, also those that it is not in.
     sequences = [dist.new_group(row.tolist()) for row in ranks]
     cfgs = [dist.new_group(column.tolist()) for column in ranks.T]
     return sequences[cfg_rank], cfgs[sequence_rank], dist.destroy_process_group

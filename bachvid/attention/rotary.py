@@ -15,7 +15,7 @@ from bachvid.layout.tokens import TokenLayout
 class Rotary:
     """The rotary table of a video: fp32, interleaved pairs, one row per video position.
 
-    Without tables (`Rotary.none()`) positions live in the features, and `rotate` changes nothing.
+    Without tables (`Rotary.none()`) the features carry the positions, and `rotate` changes nothing.
     """
 
     cos_ND: Tensor | None
@@ -34,11 +34,11 @@ class Rotary:
     def rotate(self, x_BSHD: Tensor, positions_S: Tensor | None = None) -> Tensor:
         """Rotate each token to its video position; without `positions_S`, token i to position i.
 
-        The arithmetic is that of diffusers' `apply_rotary_emb(use_real_unbind_dim=-1)`, and so are
-        the results, bit by bit: fp32, then back to the dtype of `x_BSHD`.
+        Bitwise the same as diffusers' `apply_rotary_emb(use_real_unbind_dim=-1)`: computed in fp32,
+        then cast back to the dtype of `x_BSHD`.
 
         Raises:
-            LayoutError: if no positions are given and the table has another number of rows.
+            LayoutError: without positions, if the table has another number of rows.
         """
         if self.cos_ND is None or self.sin_ND is None:
             return x_BSHD
@@ -50,8 +50,8 @@ class Rotary:
                 f"cannot rotate {x_BSHD.shape[1]} tokens with a rotary table of {len(cos_ND)} "
                 f"rows: pass video tokens only, or the position of each token"
             )
-        # No copies in fp32: products with the table are, whatever the dtype of `x_BSHD`. Here a
-        # forward would need most of its memory.
+        # No copies in fp32: products with the table are fp32 whatever the dtype of `x_BSHD`, and
+        # such copies would be the largest part of a forward's memory.
         rotated = x_BSHD * cos_ND[:, None]
         pairs = (*x_BSHD.shape[:-1], x_BSHD.shape[-1] // 2, 2)
         real, imaginary = x_BSHD.view(pairs).unbind(-1)

@@ -1,1 +1,1 @@
-"""What an identity video leaves to its frame videos, and how that is stored, packed and pulled."""
+"""What frame videos reuse of an identity video, and how it is stored, packed and pulled."""

@@ -1,6 +1,6 @@
-"""What an identity video leaves to the frame videos of its scene: a manifest, and pieces.
+"""What the frame videos of a scene reuse of its identity video: a manifest, and pieces.
 
-Knows no model and no method, and imports no torch. Shape suffixes: see `bachvid.attention.control`.
+Depends on no model, no method and no torch. Shape suffixes: see `bachvid.attention.control`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ SAME_CONFIG = "render the identity video and its frame videos with the same stor
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The pieces of one site, of a rank's heads: [B, M, H, D] each, queries and keys before RoPE.
+    """The pieces of one site, for a rank's heads: [B, M, H, D] each, queries and keys before RoPE.
 
-    M are all video rows or, with `positions_M` (int64, rising), those of these positions.
+    M rows: all video rows or, with `positions_M` (int64, ascending), those at these positions.
     """
 
     site: AttentionSite
@@ -37,43 +37,43 @@ class Shard:
 
 
 def format_site(site: AttentionSite) -> str:
-    """Return a site as messages name it."""
+    """Format a site for messages."""
     return f"step {site.step}, layer {site.layer}, branch {site.branch}"
 
 
 def have_same_rows(first: Tensor | None, second: Tensor | None) -> bool:
-    """Whether two `positions_M` are the same row set; None is the set of all rows."""
+    """Whether two `positions_M` are the same row set; None means all rows."""
     if first is None or second is None:
         return first is second
     return first is second or first.equal(second)
 
 
 class PieceSink(Protocol):
-    """Takes what a run records."""
+    """Stores what a run records."""
 
     def put(self, shard: Shard) -> None:
         """Keep a shard and own its tensors; one of the same site is replaced."""
 
 
 class PieceSource(Protocol):
-    """Gives what was recorded.
+    """Returns what was recorded.
 
-    A run announces the recorded steps that it reads, in its order of reading; a step may come
-    twice. Of a step it reads the sites in the order of `Records.sites`, forward by forward.
+    A run announces the recorded steps that it will read, in reading order; a step may appear
+    twice. Within a step it reads the sites in the order of `Records.sites`, forward by forward.
     """
 
     def begin(self, steps: Sequence[int]) -> None:
-        """Announce what the next run reads, so that a source that pulls can be ahead."""
+        """Announce what the next run will read, so that a source that pulls can work ahead."""
 
     def get(self, site: AttentionSite) -> Shard:
-        """Return the shard of a recorded site, to be read before the next layer's is asked for.
+        """Return the shard of a recorded site. It is valid until the next layer's is requested.
 
         Raises CacheMissError if there is none.
         """
 
 
 class MemoryPieces:
-    """Shards in the host memory of this process: a sink and a source."""
+    """Keeps shards in the host memory of this process: a sink and a source."""
 
     def __init__(self) -> None:
         self._shards: dict[AttentionSite, Shard] = {}
@@ -111,10 +111,10 @@ class MemoryPieces:
 
 @dataclass(frozen=True, slots=True)
 class IdentityManifest:
-    """What a reader of an identity cache must agree with, and what was seen of the video.
+    """What a reader must agree with, and what the pre-pass found in the identity video.
 
     `foreground_mask_N` is bool, True is character; `features` are attention outputs [N, C] at the
-    mask step, by match layer. Both lie in host memory; None and {} if the method takes none.
+    mask step, by match layer. Both are in host memory; None and {} if the method uses none.
     """
 
     layout: TokenLayout
@@ -132,11 +132,11 @@ class IdentityManifest:
         match_layers: tuple[int, ...],
         config_hash: str,
     ) -> None:
-        """Check once, before a frame video, that it will find all that it reads.
+        """Check, before a frame video starts, that it will find everything it reads.
 
         Raises:
-            LayoutError: if the frame video has other tokens than the identity video.
-            CacheMissError: if pieces or features are missing, or the config is another one.
+            LayoutError: if the frame video has another token layout than the identity video.
+            CacheMissError: if pieces or features are missing, or the config differs.
         """
         if layout != self.layout:
             raise LayoutError(
@@ -173,7 +173,7 @@ class IdentityManifest:
 
 @dataclass(frozen=True, slots=True)
 class SceneCache:
-    """The manifest of a scene's identity video, and where its pieces come from."""
+    """The manifest of a scene's identity video, and the source of its pieces."""
 
     manifest: IdentityManifest
     source: PieceSource

@@ -1,11 +1,11 @@
-"""An identity cache in a directory, to look into and to use again.
+"""An identity cache in a directory, to inspect and to reuse.
 
-    DIR/step-007.safetensors   pieces of step 7: `<layer>.<branch>.<kind>`; `positions`, if they
-                               are not of all video rows
+    DIR/step-007.safetensors   pieces of step 7: `<layer>.<branch>.<kind>`; and `positions`, if they
+                               are not those of all video rows
     DIR/manifest.safetensors   mask, features and what a reader must agree with; written last
 
-Each file is there whole or not at all, and carries the sums of its tensors. Knows no method, no
-model and no Ray. Shape suffixes: see `bachvid.attention.control`.
+Each file is written atomically and carries the checksums of its tensors. Depends on no method, no
+model and not on Ray. Shape suffixes: see `bachvid.attention.control`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _MASK = "foreground_mask"
 
 
 class FilePieces:
-    """Shards in a directory, one file for each step: a sink and a source.
+    """Keeps shards in a directory, one file per step: a sink and a source.
 
-    A file is written when the last shard of its step is put. Memory: the shards of the steps that
-    are not whole yet.
+    A file is written when the last shard of its step is put. Memory: the shards of incomplete
+    steps.
     """
 
     def __init__(self, directory: Path, *, records: Records, config_hash: str) -> None:
@@ -47,7 +47,7 @@ class FilePieces:
         self._step_bytes: dict[int, int] = {}
 
     def put(self, shard: Shard) -> None:
-        """Keep a shard and own its tensors; a step that is put again replaces the first.
+        """Keep a shard and own its tensors; a step that is put again replaces the earlier one.
 
         Raises WorkerError if the directory cannot be written.
         """
@@ -67,7 +67,7 @@ class FilePieces:
         """Read the shard of `site`.
 
         Raises:
-            CacheMissError: there is none, or it is of another config or other records.
+            CacheMissError: there is none, or it was made with another config or other records.
             CorruptShardError: its file is damaged.
         """
         path = _step_path(self._directory, site.step)
@@ -88,7 +88,7 @@ class FilePieces:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pieces that were written; a step that was put again counts once."""
+        """Bytes of all pieces written; a step that was put again counts once."""
         return sum(self._step_bytes.values())
 
     def _write_step(self, step: int, shards: Sequence[Shard]) -> None:
@@ -111,7 +111,7 @@ class FilePieces:
 
 
 def write_manifest(directory: Path, manifest: IdentityManifest) -> None:
-    """Complete a cache, whose pieces a `FilePieces` has written to the same directory.
+    """Complete a cache whose pieces a `FilePieces` has written to the same directory.
 
     Raises:
         CacheMissError: the file of a recorded step is not there.
@@ -132,7 +132,7 @@ def write_manifest(directory: Path, manifest: IdentityManifest) -> None:
 
 
 def read_manifest(directory: Path) -> IdentityManifest:
-    """Return the manifest that completed a cache; a `FilePieces` reads the pieces.
+    """Return the manifest of a complete cache; a `FilePieces` reads its pieces.
 
     Raises:
         CacheMissError: there is none, or the file of a recorded step is not there.
@@ -166,7 +166,7 @@ def _check_steps(directory: Path, records: Records) -> None:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
-    """Write tensors, their sums and `facts`, all of them or nothing."""
+    """Write tensors, their checksums and `facts` atomically."""
     whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     sums = {name: _tensor_sum(x) for name, x in whole.items()}
     header = json.dumps({"facts": facts, "sums": sums})
@@ -183,7 +183,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object
 def _read(
     path: Path, wanted: Collection[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the facts and, of the tensors, all or those that are wanted; check their sums."""
+    """Read the facts and the wanted (or all) tensors, and check their checksums."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
@@ -219,7 +219,7 @@ def _feature_name(layer: int) -> str:
 
 
 def _tensor_sum(x: Tensor) -> str:
-    """Sum up a tensor's dtype, shape and bytes."""
+    """Return the checksum of a tensor's dtype, shape and bytes."""
     return f"{x.dtype} {tuple(x.shape)} {checksum(x.view(torch.uint8).flatten().numpy()).hex()}"
 
 

@@ -1,7 +1,7 @@
-"""The blocks of a gang's ranks, checked, and joined into the layers that one rank reads.
+"""Checks the blocks of a gang's ranks, and joins them into the layers that one rank reads.
 
-A rank reads its branches and heads, whichever ranks wrote them. Knows no Ray, no method and no
-model. Shape suffixes: see `bachvid.attention.control`.
+A rank reads its branches and heads, whichever ranks wrote them. Depends on no method, no model and
+not on Ray. Shape suffixes: see `bachvid.attention.control`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Layer = tuple[tuple[AttentionSite, Kind], ...]  # the pieces of one layer in one
 
 
 def sites_of(layer: Layer) -> tuple[AttentionSite, ...]:
-    """Return the sites of a layer, of the branches that share the forward, in their order."""
+    """Return the sites of a layer for the branches that share a forward, in their order."""
     return tuple(dict.fromkeys(site for site, _ in layer))
 
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """What all blocks of a recording have in common: how their pieces look, but for the heads."""
+    """The format of pieces that all blocks of a recording share; only their heads differ."""
 
     dtype: torch.dtype
     batch: int
@@ -53,7 +53,7 @@ class BlockLayout:
 
 @dataclass(frozen=True, slots=True)
 class StagedLayer:
-    """A layer in its slot, which is [pieces, bytes of a piece], and how its pieces look."""
+    """A layer in its slot [pieces, bytes per piece], and the format of its pieces."""
 
     layer: Layer
     slot: Tensor
@@ -62,7 +62,7 @@ class StagedLayer:
     positions_M: Tensor | None
 
     def shard(self, site: AttentionSite) -> Shard:
-        """Return the shard of one of the sites; its pieces are views of the slot."""
+        """Return the shard of one of the layer's sites; its pieces are views of the slot."""
         pieces = {
             kind: piece_tensor(piece, self.dtype, self.shape)
             for (at, kind), piece in zip(self.layer, self.slot, strict=False)
@@ -72,7 +72,7 @@ class StagedLayer:
 
 
 class BlockJoiner:
-    """Checks and joins the blocks that come in one run, for the rank that has this `share`."""
+    """Checks and joins the blocks of one run, for the rank that reads `share`."""
 
     def __init__(self, *, share: RankShare, records: Records, config_hash: str) -> None:
         self._share, self._records, self._config_hash = share, records, config_hash
@@ -80,12 +80,12 @@ class BlockJoiner:
         self._positions_M: Tensor | None = None
 
     def check(self, step: int, packs: Sequence[PackedStep]) -> None:
-        """Check that the blocks hold what this rank reads of a step: all of it, and once.
+        """Check that the blocks hold everything that this rank reads of a step, exactly once.
 
         Raises:
             CacheMissError: they are of another step or config, have other pieces or another row
                 set than this reader or the blocks before, or lack heads.
-            CorruptShardError: the header of one and its row set or its size do not agree.
+            CorruptShardError: a header does not agree with its row set or its size.
         """
         for packed in packs:
             self._check_header(step, packed.header)
@@ -103,7 +103,7 @@ class BlockJoiner:
                 )
 
     def new_slot(self, num_pieces: int) -> Tensor:
-        """Return room for `num_pieces` pieces, once blocks were checked."""
+        """Return an empty slot for `num_pieces` pieces; only after blocks were checked."""
         assert self._layout is not None, "check the blocks before"
         size = piece_bytes(self._layout.dtype, self._layout.shape(self._share.num_heads))
         return torch.empty(
@@ -113,7 +113,7 @@ class BlockJoiner:
     def stage(
         self, packs: Sequence[PackedStep], layer: Layer, slot: Tensor
     ) -> tuple[StagedLayer, AttentionSite | None]:
-        """Copy a layer's pieces into `slot`; return also a site with a damaged one, if any."""
+        """Copy a layer's pieces into `slot`; also return a site with a damaged piece, if any."""
         layout = self._layout
         assert layout is not None, "check the blocks before"
         shape = layout.shape(self._share.num_heads)
@@ -158,7 +158,7 @@ class BlockJoiner:
             )
         if self._layout is None:
             self._layout = layout
-            if positions_M is not None:  # a copy: others may share what was fetched
+            if positions_M is not None:  # a copy: other processes may share what was fetched
                 self._positions_M = torch.from_numpy(positions_M.copy())
         if layout != self._layout:
             raise CacheMissError(
@@ -169,7 +169,7 @@ class BlockJoiner:
 
 
 def _heads_read(packed: PackedStep, piece: tuple[AttentionSite, Kind], share: RankShare) -> range:
-    """Return the heads of a piece that are in a block and are also of a share."""
+    """Return the heads that are both in a block and in a share."""
     header = packed.header
     if piece not in header.pieces:
         return range(0)
@@ -184,7 +184,7 @@ def _copy_heads(
     target: Bytes,
     staged: StagedLayer,
 ) -> bool:
-    """Copy what a block has of a piece into `target`; return whether it is undamaged."""
+    """Copy a block's part of a piece into `target`; return whether it is undamaged."""
     header, heads = packed.header, _heads_read(packed, piece, share)
     if not heads:
         return True
@@ -193,7 +193,7 @@ def _copy_heads(
     source = packed.payload[index * size : (index + 1) * size]
     if (header.first_head, shape) == (share.first_head, staged.shape):
         return copy_and_sum(source, target, header.rows_checksum) == header.checksums[index]
-    # The sum is that of all heads in the block: it is taken apart from the copy of some.
+    # The checksum covers all heads of the block, so it cannot be taken while copying some.
     read = slice(heads.start - header.first_head, heads.stop - header.first_head)
     written = slice(heads.start - share.first_head, heads.stop - share.first_head)
     np.copyto(

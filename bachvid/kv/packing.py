@@ -1,7 +1,7 @@
-"""The pieces of one step in one block of bytes, on their way out of an identity video.
+"""Packs the pieces of one step of an identity video into one block of bytes.
 
-The ranks of a gang pack their branches and heads, one block each. Knows no Ray, no method and no
-model. Shape suffixes: see `bachvid.attention.control`.
+Each rank of a gang packs its branches and heads into a block. Depends on no method, no model and
+not on Ray. Shape suffixes: see `bachvid.attention.control`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Positions = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepHeader:
-    """What a packed step holds: which pieces, in their order, and how each of them lies in bytes.
+    """What a packed step holds: which pieces, in order, and the format of each.
 
-    dtype: of every piece, by torch's name.
-    shape: of every piece, [B, M, H, D]; the heads are those from `first_head` on.
-    checksums: of the pieces, in their order, each salted with `rows_checksum`.
-    positions_M: the video positions of the M rows, rising; None if they are all rows.
-    rows_checksum: of `positions_M`, as `sum_of_rows` has it.
+    dtype: torch's name for the dtype of every piece.
+    shape: [B, M, H, D] of every piece; its heads are those from `first_head` on.
+    checksums: one for each piece, in order, salted with `rows_checksum`.
+    positions_M: the video positions of the M rows, ascending; None for all rows.
+    rows_checksum: `sum_of_rows(positions_M)`.
     """
 
     step: int
@@ -45,9 +45,9 @@ class StepHeader:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedStep:
-    """All pieces that one rank has of one step, one after the other; all are of one size.
+    """All pieces of one step and one rank, equally long, one after the other.
 
-    It pickles with the payload out of band: without a copy.
+    Pickles without a copy: the payload is out of band.
     """
 
     header: StepHeader
@@ -55,17 +55,17 @@ class PackedStep:
 
 
 def sum_of_rows(positions_M: Positions | None) -> bytes:
-    """Return the checksum of a row set; b"" stands for all rows."""
+    """Return the checksum of a row set; b"" for all rows."""
     return b"" if positions_M is None else checksum(positions_M.view(np.uint8))
 
 
 class StepPacker:
     """A sink that packs what an identity video records, one step at a time.
 
-    Each rank of a gang has one, for the branches and heads of its `share`. Memory: one step. Every
-    step is packed into the same buffer, because memory that is written for the first time costs
-    several times the copy. So a packed step must have been sent, or copied, before the next shard
-    is put. Ray does: it copies what a generator yields before it resumes the generator.
+    Each rank of a gang has one, for the branches and heads of its `share`. Memory: one step. All
+    steps use the same buffer, because the first write to fresh memory costs several times the
+    copy. So a packed step must be sent or copied before the next shard is put. Ray does this: it
+    copies what a generator yields before it resumes the generator.
     """
 
     def __init__(self, *, share: RankShare, records: Records, config_hash: str) -> None:
@@ -81,7 +81,7 @@ class StepPacker:
         self._step_bytes: dict[int, int] = {}
 
     def put(self, shard: Shard) -> None:
-        """Copy a shard of the current step; one of the same site is replaced."""
+        """Copy a shard into the current step; one of the same site is replaced."""
         site = shard.site
         if site.step != self._step:
             assert not self._checksums, "take the step before"
@@ -98,7 +98,7 @@ class StepPacker:
             self._checksums[index] = checksum(buffer[index].numpy(), self._rows_checksum)
 
     def _prepare(self, shard: Shard) -> Tensor:
-        """Make the buffer, for the largest step. The first shard says how all pieces look."""
+        """Allocate the buffer for the largest step. The first shard gives the format of pieces."""
         first = next(iter(shard.pieces.values()))
         self._dtype, self._shape, self._rows = first.dtype, first.shape, shard.positions_M
         if self._rows is not None:
@@ -106,7 +106,7 @@ class StepPacker:
             self._rows_checksum = sum_of_rows(self._positions_M)
         branches = self._share.branches
         num_pieces = max(len(self._records.pieces(step, branches)) for step in self._records.steps)
-        # Zeros: the padding is part of the checksum. Pinned: the GPU writes it directly.
+        # Zeros, since the checksum covers the padding; pinned, so that a GPU writes it directly.
         self._buffer = torch.zeros(
             num_pieces,
             piece_bytes(self._dtype, self._shape),
@@ -116,7 +116,7 @@ class StepPacker:
         return self._buffer
 
     def take(self, step: int) -> PackedStep | None:
-        """Return the packed step, None if nothing was put, and be ready for the next one."""
+        """Return the packed step (None if nothing was put) and start the next one."""
         if not self._checksums:
             return None
         assert self._buffer is not None
@@ -140,5 +140,5 @@ class StepPacker:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all steps that were packed; a step that was packed again counts once."""
+        """Bytes of all steps packed; a step that was packed again counts once."""
         return sum(self._step_bytes.values())

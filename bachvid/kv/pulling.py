@@ -1,9 +1,9 @@
-"""Pieces on their way into a frame video: pulled, checked and staged layer by layer.
+"""Pulls pieces into a frame video, and checks and stages them layer by layer.
 
-An identity worker packs each step (`bachvid.kv.packing`), whatever carries it gives the blocks to
-the frame workers, and each of them reads them one layer ahead of its video (`PulledPieces`). Of
-the blocks of a gang it joins the branches and heads of its own rank (`bachvid.kv.joining`). Knows
-no Ray, no method and no model.
+An identity worker packs each step (`bachvid.kv.packing`), some transport carries the blocks to the
+frame workers, and each of these reads them one layer ahead of its video (`PulledPieces`). From the
+blocks of a gang it joins the branches and heads of its own rank (`bachvid.kv.joining`). Depends on
+no method, no model and not on Ray.
 """
 
 from __future__ import annotations
@@ -33,19 +33,18 @@ _NUM_SLOTS = 2  # one that is read, one that is filled
 class PulledPieces:
     """The source that a frame video reads: a thread pulls packed steps and stages their layers.
 
-    Each layer is copied, one layer ahead of the reader, into one of two slots (pinned where there
-    is CUDA), checked there, and handed out from there: nothing ever points into what was fetched,
-    which other processes may share. A shard is valid until the next layer is asked for.
+    Each layer is copied, one layer ahead of the reader, into one of two slots (pinned if there is
+    CUDA), checked there, and handed out from there: nothing ever points into the fetched blocks,
+    which other processes may share. A shard is valid until the next layer is requested.
     Memory: two layers, the largest of the run, and one fetched step until its last layer is staged.
 
-    `share` is what this rank reads of what `records` has; `passes` are the forwards of a step, in
-    their order, by the branches that share one. `fetch(run, place)` returns the blocks of all ranks
-    that recorded something of the step that stands at `place` of what `begin` announced, and waits
-    until all are there. Runs count from 0, one for each `begin`. A step that is announced twice has
-    two places, and is fetched for each of them. `fetch` is called in the thread, and once more for
-    a place of which a layer is damaged. Close the source when the video is over, also when it
-    failed: its thread holds memory. Whoever makes `fetch` sees to it that it returns or raises
-    after `close`.
+    `share` is the part of `records` that this rank reads; `passes` are the forwards of a step, in
+    order: the branches that share each. `fetch(run, place)` returns the blocks of all ranks that
+    recorded the step at index `place` of the steps announced by `begin`, and waits until all are
+    there. Runs are numbered from 0, one for each `begin`. A step that is announced twice has two
+    places and is fetched for each. `fetch` is called in the thread, and again for a place with a
+    damaged layer. Close the source when the video ends, even if it failed: its thread holds memory.
+    After `close`, `fetch` must return or raise.
     """
 
     def __init__(
@@ -64,11 +63,11 @@ class PulledPieces:
         self._ahead: deque[AttentionSite] = deque()
         self._pull: _Pull | None = None
         self._staged: StagedLayer | None = None
-        self._num_left = 0  # sites of the staged layer that were not asked for yet
-        self.wait_seconds = 0.0  # that `get` had to wait for a layer, over all runs
+        self._num_left = 0  # sites of the staged layer that were not requested yet
+        self.wait_seconds = 0.0  # time that `get` waited for layers, over all runs
 
     def begin(self, steps: Sequence[int]) -> None:
-        """Start to pull what the next run reads. What the run before left unread is dropped."""
+        """Start pulling what the next run reads. Drops what the previous run left unread."""
         self.close()
         self._pull = self._staged = None
         self._run += 1
@@ -88,11 +87,11 @@ class PulledPieces:
             self._pull = _Pull(lambda place: self._fetch(run, place), reads, joiner)
 
     def get(self, site: AttentionSite) -> Shard:
-        """Return the next shard; valid until that of another layer is asked for.
+        """Return the next shard; it is valid until another layer's is requested.
 
         Raises:
             CacheMissError: it is not the next one, or the source is closed.
-            CorruptShardError: its bytes are damaged, also when they are fetched again.
+            CorruptShardError: its bytes are damaged, and were so again when fetched anew.
             Whatever `fetch` raises.
         """
         if self._pull is None or not self._ahead or self._ahead[0] != site:
@@ -109,7 +108,7 @@ class PulledPieces:
         return self._staged.shard(site)
 
     def close(self) -> None:
-        """End the thread; one that is within `fetch` ends when that returns. For any thread."""
+        """End the thread, as soon as a `fetch` in progress returns. Callable from any thread."""
         if self._pull is not None:
             self._pull.stop()
 
@@ -124,7 +123,7 @@ class PulledPieces:
         ]
 
     def _next_layer(self, pull: _Pull) -> StagedLayer:
-        """Give the slot of the layer before back, and wait for the next one."""
+        """Release the slot of the previous layer, and wait for the next one."""
         if self._staged is not None:
             pull.give_back(self._staged.slot)
             self._staged = None
@@ -136,7 +135,7 @@ class PulledPieces:
 
 
 class _Read(NamedTuple):
-    """One recorded step at its place in the reads of a run, with its layers in reading order."""
+    """One recorded step at its place in a run's reads, with its layers in reading order."""
 
     place: int
     step: int
@@ -144,7 +143,7 @@ class _Read(NamedTuple):
 
 
 class _Pull:
-    """The thread of one run: fetches its steps and stages their layers, as slots become free."""
+    """The thread of one run: fetches steps, and stages their layers as slots become free."""
 
     def __init__(
         self,
@@ -161,19 +160,19 @@ class _Pull:
         threading.Thread(target=self._work, name="bachvid-pull", daemon=True).start()
 
     def next_layer(self) -> StagedLayer:
-        """Wait for the next layer. Raises what went wrong in the thread."""
+        """Wait for the next layer. Raises any error of the thread."""
         item = self._ready.get()
         if isinstance(item, BaseException):
-            self._ready.put(item)  # for whoever asks again: the thread has ended
+            self._ready.put(item)  # for the next caller: the thread has ended
             raise item
         return item
 
     def give_back(self, slot: Tensor) -> None:
-        """Let the thread write into `slot` again."""
+        """Release a slot, for the thread to fill again."""
         self._free.put(slot)
 
     def stop(self) -> None:
-        """End the thread, and whoever waits for it."""
+        """End the thread, and wake whoever waits for it."""
         self._stopped.set()
         self._free.put(None)
         self._ready.put(CacheMissError("the identity pieces are closed: render the video again"))

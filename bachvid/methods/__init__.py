@@ -1,1 +1,1 @@
-"""Methods: what is done to attention. They know no model, no Ray and no diffusers."""
+"""Methods: what is done to attention. They depend on no model, on no Ray and no diffusers."""

@@ -1,9 +1,9 @@
-"""BachVid: foreground and background of a frame video see the keys of an identity video.
+"""BachVid: foreground and background of a frame video attend to keys of an identity video.
 
 The data of the method; its controls are in `bachvid.methods.controls`. A profile is the same
-algorithm on every model: layers and noise levels are the model's, all else is the profile's.
+algorithm on every model: layers and noise levels come from the model, all else from the profile.
 Source: BachVid (arXiv 2510.21696v1). What the paper leaves open is a config key; the reasons for
-the values stand with them.
+its value stand beside it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class BachVidConfig(MaskConfig):
     match_layers: Layers | None = None
     inject_steps: Steps | None = None  # [first, last)
     branches: Branches | None = None
-    pre_passes: Count | None = None  # each but the first injects what the one before it found
+    pre_passes: Count | None = None  # each but the first injects what the previous one found
     pre_pass_injection: PrePassInjection | None = None  # in the first one
     match_threshold: Threshold | None = None
     match_within: MatchWithin | None = None
@@ -81,7 +81,7 @@ class BachVidConfig(MaskConfig):
 
 
 class ResolvedBachVid(BachVidConfig, ResolvedMaskConfig):
-    """What is recorded and injected, all of it."""
+    """What is recorded and injected, every value filled in."""
 
     mask_layers: Layers
     mask_step: Step
@@ -108,12 +108,12 @@ class Profile:
 
 
 PROFILES: Mapping[ProfileName, Profile] = {
-    # As published. The pre-pass injects background, as the code of CharaConsist does, which BachVid
-    # was built on; and a match needs that code's cosine.
+    # As published. The pre-pass injects background and a match needs a minimum cosine, as in the
+    # code of CharaConsist, on which BachVid was built.
     "paper": Profile("both", 1, "background", 0.5, "video"),
-    # The default, which the tables in docs/results favour: the conditional branch alone holds more
-    # and costs half, the second pre-pass takes mask and match from a figure that is already like
-    # the identity's, and within the foreground every token has a match that is of use.
+    # The default, which the tables in docs/results favour: injecting the conditional branch alone
+    # is more consistent at half the cost; the second pre-pass takes mask and match from a figure
+    # that already resembles the identity's; and within the foreground every match is useful.
     "fast": Profile("cond", 2, "none", -1.0, "foreground"),
 }
 
@@ -127,7 +127,7 @@ class BachVid(Method[ResolvedBachVid]):
     def resolve(
         cls, config: MethodConfig, facts: ModelFacts, sampling: ResolvedSampling
     ) -> MethodConfig:
-        """Fill in the profile and the model's layers and levels, and check them.
+        """Fill in the values of the profile and of the model, and check them.
 
         Raises ConfigError.
         """
@@ -159,7 +159,7 @@ class BachVid(Method[ResolvedBachVid]):
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """The CFG branches that are recorded and injected, each by its own."""
+        """The CFG branches that are recorded and injected, each from the identity's own branch."""
         return BRANCHES if self.config.branches == "both" else ("cond",)
 
     @property
@@ -168,7 +168,7 @@ class BachVid(Method[ResolvedBachVid]):
         return range(*self.config.inject_steps)
 
     def injects_at(self, site: AttentionSite) -> bool:
-        """Whether layer and branch of a site are among those that are injected."""
+        """Whether the layer and the branch of a site are injected."""
         return site.layer in self.config.vital_layers and site.branch in self.branches
 
     @property

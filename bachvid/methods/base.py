@@ -1,6 +1,6 @@
-"""What a method is: data that the plan reads without torch, and a control for each run.
+"""The interface of a method: data that the plan reads without torch, and a control for each run.
 
-A method knows attention sites, tokens and segments of prompts; no model, no worker, no Ray.
+A method deals with attention sites, tokens and prompt segments; not with models, workers or Ray.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Overlay = Literal["mask", "match"]
 
 
 class MethodConfig(Section):
-    """The section `method` of a config; every method has its own class of it."""
+    """The section `method` of a config; each method has its own subclass."""
 
     name: str
 
@@ -38,7 +38,7 @@ ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
 
 class Read(NamedTuple):
-    """A step of a run, and the recorded step that it reads there: its own, or another one."""
+    """A step of a run, and the recorded step that is read there: the same one, or another."""
 
     step: int
     source: int
@@ -48,11 +48,11 @@ class Read(NamedTuple):
 class Run:
     """One pass over one video.
 
-    steps: rising. From `noise` they begin with 0 and leave none out; a run that ends before the
-        last step of the schedule is thrown away, but for what its control saw.
-    start: `noise` is denoised; a `source` is replayed: a finished video, noised to each step.
-    reads: of what the identity of the scene recorded, in the order of reading.
-    records: the steps whose pieces go to the readers of the scene, of an identity.
+    steps: ascending. From `noise` they are 0, 1, 2, ...; a run that ends before the last step of
+        the schedule yields only what its control observed.
+    start: `noise` is denoised; `source` replays a finished video, noised to each step.
+    reads: steps of the scene's identity video, in reading order.
+    records: the steps whose pieces go to the readers of the scene; of identity videos only.
     keeps: pieces for later runs of the same video, in host memory.
     """
 
@@ -64,17 +64,17 @@ class Run:
 
     @property
     def sources(self) -> tuple[int, ...]:
-        """The recorded steps that are read, in the order of reading."""
+        """The recorded steps that are read, in reading order."""
         return tuple(read.source for read in self.reads)
 
 
 def reads_own(steps: Sequence[int]) -> tuple[Read, ...]:
-    """Return reads of each step's own recording."""
+    """Return the reads of steps that each read the recorded step of the same number."""
     return tuple(Read(step, step) for step in steps)
 
 
 class Matching(NamedTuple):
-    """What is matched between frame and identity video: features of these layers, among whom."""
+    """How frame and identity tokens are matched: by which layers, among which tokens."""
 
     layers: tuple[int, ...]
     within: MatchWithin
@@ -82,11 +82,11 @@ class Matching(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a run showed of its video.
+    """What a run found out about its video.
 
-    `features` are attention outputs [N, C] of each match layer, of this rank's positions, in host
-    memory; `recoveries` are those of all masks that the run used, in order. A method that takes no
-    mask has no foreground.
+    `features` are the attention outputs [N, C] of each match layer, at this rank's positions, in
+    host memory; `recoveries` are those of all masks that the run used, in order. `foreground` is
+    None if the method uses no mask.
     """
 
     foreground: ForegroundMask | None
@@ -95,28 +95,28 @@ class Observation:
 
 
 class RunControl(AttentionControl):
-    """A control that can say what it saw and injected; this one looks at nothing."""
+    """A control that reports what it observed and injected. The base class does neither."""
 
     @property
     def observation(self) -> Observation | None:
-        """What was seen of the video; None as long as that is not complete."""
+        """What was observed of the video; None until that is complete."""
         return Observation(None, {})
 
     @property
     def injected(self) -> InjectedTokens | None:
-        """The tokens that saw identity keys; None if the run injected nothing."""
+        """The tokens that attended to identity keys; None if the run injected nothing."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class RunInputs:
-    """What the control of a run is given.
+    """The inputs from which the control of a run is built.
 
-    run: what the method said of it.
-    kept: what earlier runs of this video kept, and where this one keeps.
-    sink: takes what an identity records; None in a frame video.
+    run: the run, as `Method.runs` returned it.
+    kept: stores what this run keeps, and has what earlier runs of this video kept.
+    sink: stores what an identity video records; None in a frame video.
     scene: what a frame video reads; None in a run that reads nothing.
-    earlier: what the earlier runs of this video saw, in their order.
+    earlier: the observations of this video's earlier runs, in order.
     """
 
     run: Run
@@ -129,16 +129,16 @@ class RunInputs:
 
 
 class Method(Generic[ConfigT]):
-    """What is done to the attention of identity and frame videos: one object for a render.
+    """What is done to the attention of identity and frame videos: one object per render.
 
-    Everything but `control` is data, and imports no torch. As it stands here, a method that does
-    nothing: every video is one run on its own.
+    Everything except `control` is data and imports no torch. The base class does nothing: every
+    video is a single run, independent of the others.
     """
 
     Config: ClassVar[type[MethodConfig]]  # its section of a config, as written
 
     def __init__(self, config: ConfigT, *, num_steps: int) -> None:
-        """Take the section as `resolve` filled it, and the number of steps of the schedule."""
+        """Take the section that `resolve` returned, and the number of steps of the schedule."""
         self.config = config
         self.num_steps = num_steps
 
@@ -146,47 +146,47 @@ class Method(Generic[ConfigT]):
     def resolve(
         cls, config: MethodConfig, facts: ModelFacts, sampling: ResolvedSampling
     ) -> MethodConfig:
-        """Fill in what the section leaves out, and check it. Raises ConfigError."""
+        """Fill in the keys that the section leaves out, and check it. Raises ConfigError."""
         return config
 
     @property
     def records(self) -> Records:
-        """What the identity video of a scene leaves to its frame videos."""
+        """The pieces that an identity video records for its frame videos."""
         return NO_RECORDS
 
     @property
     def observed_at(self) -> int | None:
-        """The step at which the observation of a video is complete; None: it takes none."""
+        """The step at which the observation of a video is complete; None if it makes none."""
         return None
 
     @property
     def matching(self) -> Matching | None:
-        """What is matched; None: nothing, and the identity's features are not kept."""
+        """What is matched; None if nothing is, and then no identity features are kept."""
         return None
 
     @property
     def mask_words(self) -> MaskWords:
-        """Which words of a segment stand for it in masks."""
+        """The words of a segment whose attention makes its mask."""
         return "all"
 
     @property
     def shows(self) -> frozenset[Overlay]:
-        """The overlays that its frame videos have; an identity video has no match."""
+        """The overlays that frame videos have; an identity video has no match."""
         return frozenset()
 
     @property
     def lines(self) -> Mapping[str, str]:
-        """What a plan says of it, by a label."""
+        """Lines that describe the method in a plan, by label."""
         return {"method": self.config.name}
 
     def notes(self, facts: ModelFacts) -> Sequence[str]:
-        """Return what a user must know of this method on this model."""
+        """Return notes that a user should know about this method on this model."""
         return ()
 
     def runs(self, role: Role) -> tuple[Run, ...]:
-        """Return the runs of a video in this role, in order: the last one is the video.
+        """Return the runs of a video in this role, in order; the last one makes the video.
 
-        An identity has one, whole, run; where it is run again for its readers is the plan's.
+        An identity video has one complete run; the plan may repeat it for its readers.
         """
         records = self.records.steps if role == "identity" else ()
         return (Run(tuple(range(self.num_steps)), records=records),)

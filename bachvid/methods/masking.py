@@ -1,4 +1,4 @@
-"""The config keys of methods that take a foreground mask, and how a model fills them. No torch."""
+"""The config keys of methods that use a foreground mask, and their values for a model. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class MaskConfig(MethodConfig):
-    """How the foreground mask is taken. Layers and steps count from 0."""
+    """How the foreground mask is made. Layers and steps count from 0."""
 
     mask_layers: Layers | None = None
     mask_step: Step | None = None
@@ -33,7 +33,7 @@ class MaskConfig(MethodConfig):
 
 
 class ResolvedMaskConfig(MaskConfig):
-    """How the foreground mask is taken, all of it."""
+    """How the foreground mask is made, every value filled in."""
 
     mask_layers: Layers
     mask_step: Step
@@ -41,7 +41,7 @@ class ResolvedMaskConfig(MaskConfig):
 
 
 def rising_layers(layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """Return the layers of a config key. Raises ValueError if they do not rise, or are none."""
+    """Return the layers of a config key. Raises ValueError if none, or not ascending."""
     if layers is not None and list(layers) != sorted(set(layers)):
         raise ValueError(f"is {quote(list(layers))}: list each layer once, in rising order")
     if layers == ():
@@ -50,7 +50,7 @@ def rising_layers(layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
 
 
 def mask_defaults(facts: ModelFacts, sampling: ResolvedSampling) -> dict[str, object]:
-    """Return what a model says of the keys of `MaskConfig`."""
+    """Return a model's values for the keys of `MaskConfig`."""
     return {
         "mask_layers": facts.attention.mask_layers,
         "mask_step": min(

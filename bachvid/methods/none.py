@@ -1,4 +1,4 @@
-"""The method `none`: what the model does by itself, observed as the others are."""
+"""The method `none`: the model by itself, observed in the same way as the other methods."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class NoneConfig(MaskConfig):
-    """No method; the mask is taken as others take it, for an evaluation."""
+    """No method; the foreground mask is made as in others, for evaluations."""
 
     name: Literal["none"] = "none"
 
 
 class ResolvedNone(NoneConfig, ResolvedMaskConfig):
-    """No method, all of it."""
+    """No method, every value filled in."""
 
     mask_layers: Layers
     mask_step: Step
@@ -29,7 +29,7 @@ class ResolvedNone(NoneConfig, ResolvedMaskConfig):
 
 
 class Vanilla(Method[ResolvedNone]):
-    """Extracts masks at the mask step, so that an evaluation has them; changes no pixel."""
+    """Makes masks at the mask step, so that an evaluation has them; changes no pixel."""
 
     Config = NoneConfig
 
@@ -38,7 +38,7 @@ class Vanilla(Method[ResolvedNone]):
         cls, config: MethodConfig, facts: ModelFacts, sampling: ResolvedSampling
     ) -> MethodConfig:
         """Fill in what the section leaves out, and check it. Raises ConfigError."""
-        # All words, on any model: what changes no pixel must refuse no prompt that names nothing.
+        # All words, on any model: what changes no pixel must not refuse a prompt without nouns.
         defaults = {**mask_defaults(facts, sampling), "mask_words": "all"}
         resolved = resolved_section(config, ResolvedNone, **defaults)
         check_mask(resolved, facts, sampling)

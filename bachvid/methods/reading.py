@@ -1,11 +1,11 @@
-"""How the pieces of an identity travel to the frame videos of its scene, part by part. No torch.
+"""How the pieces of an identity video are published to its frame videos, part by part. No torch.
 
-A *part* is the pieces of one recorded step, for the runs that read it.
+A *part* is the pieces of one recorded step.
 
-retain: one part for each recorded step, in rising order, for every run.
-window: one part for each read, in the order in which all frame videos read, so that a part can be
-dropped once every reader has gone past it. The identity is then run once to be observed, and once
-more for each run that reads, so that each finds the steps in its own order.
+retain: one part per recorded step, in ascending order; every run reads the same parts.
+window: one part per read, in the order in which all frame videos read, so that a part can be
+dropped once every reader is past it. The identity video is then run once to be observed, and once
+more for each run that reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bachvid.methods.base import Method, Run
 
 
 class ReadingOrder:
-    """The parts of a scene's publication, and the runs of the identity that make them."""
+    """The parts that a scene publishes, and the runs of its identity video that make them."""
 
     def __init__(self, method: Method[Any], *, is_window: bool) -> None:
         self._frame_runs = method.runs("frame")
@@ -33,7 +33,7 @@ class ReadingOrder:
 
     @property
     def num_parts(self) -> int:
-        """The number of parts of a whole publication."""
+        """The number of parts that a scene publishes."""
         return len(self.steps)
 
     def part(self, reading_run: int, place: int) -> int:
@@ -43,9 +43,9 @@ class ReadingOrder:
         return sum(len(run.reads) for run in self._reading[:reading_run]) + place
 
     def passed(self, run: int, step: int) -> int:
-        """Return how many of the first parts a reader no longer needs once it has done a step.
+        """Return how many of the first parts a reader no longer needs after a step.
 
-        None without a window, where any step may be read again.
+        None without a window, since then any step may be read again.
         """
         if not self.is_window:
             return 0
@@ -54,10 +54,10 @@ class ReadingOrder:
 
 
 def can_stream(method: Method[Any]) -> bool:
-    """Return whether a window can serve a method: every run reads rising steps, none after its own.
+    """Return whether a window suits a method: runs read ascending steps, none ahead of their own.
 
-    Otherwise a reader would wait for a step that the identity, in lockstep, has not reached, or
-    that was dropped.
+    Otherwise a reader would wait for a step that the identity video, in lockstep, has not reached,
+    or that was dropped.
     """
     return all(
         all(read.source <= read.step for read in run.reads)

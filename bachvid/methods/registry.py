@@ -1,4 +1,4 @@
-"""The registry of methods: a method is imported when a config names it."""
+"""The registry of methods; a method is imported when a config names it."""
 
 from __future__ import annotations
 

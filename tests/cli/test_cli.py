@@ -161,16 +161,13 @@ def test_ctrl_c_ends_after_the_step_and_rendering_goes_on_later(
 ) -> None:
     args = ["render", str(story), "--out", str(tmp_path / "run")]
     args += settings_for(tiny_cogvideox_folder, num_steps=60)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bachvid", *args],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    lines = [process.stderr.readline() for _ in range(2)]
-    process.send_signal(signal.SIGINT)
-    rest = process.stderr.read()
-    process.wait(timeout=60)
+    command = [sys.executable, "-m", "bachvid", *args]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = [process.stderr.readline() for _ in range(2)]
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        process.wait(timeout=60)
     assert lines[0].startswith("street: ")  # keys and values
     assert lines[1].startswith("street/identity: ")
     assert process.returncode == 130

@@ -82,13 +82,12 @@ class Runs:
         """Kill the driver's process after `at` events, then go on here, without a cluster."""
         command = [sys.executable, "-c", DRIVER, str(Path(__file__).parent), str(self.model)]
         command += [str(out), self.cluster.address, f"cache.policy={policy}", "cache.window=2"]
-        driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert driver.stdout is not None
-        for _ in range(at):
-            if not driver.stdout.readline():
-                break
-        driver.kill()
-        driver.wait()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+            assert driver.stdout is not None
+            for _ in range(at):
+                if not driver.stdout.readline():
+                    break
+            driver.kill()
         with StoryRenderer(settings(self.model), out) as renderer:
             assert not [event for event in renderer.stream(STORY) if isinstance(event, Failed)]
         return 1
@@ -168,13 +167,13 @@ def test_a_signal_ends_a_render_with_its_own_exit_code(
     command = [sys.executable, "-m", "bachvid", "render", str(story), "-v"]
     command += ["--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
     command += ["--address", "local"]
-    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert first.stderr is not None
-    for line in first.stderr:
-        if "forest/jumps" in line:  # one video is done
-            break
-    first.send_signal(number)
-    _, rest = first.communicate(timeout=60)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as first:
+        assert first.stderr is not None
+        for line in first.stderr:
+            if "forest/jumps" in line:  # one video is done
+                break
+        first.send_signal(number)
+        _, rest = first.communicate(timeout=60)
     assert first.returncode == code, rest
     assert "Cancelled; render again to go on." in rest
     assert "Traceback" not in rest
