@@ -1,4 +1,4 @@
-"""`bachvid check`: what this machine has, and whether the embedded model renders on it."""
+"""`bachvid check`: looks at this machine, and renders a little with the embedded model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "ray", "av")
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One line of `bachvid check`; `found` says what was seen, or what to do."""
+    """One line of `bachvid check`; `found` is what was seen, or what to do about it."""
 
     name: str
     ok: bool

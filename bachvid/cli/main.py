@@ -181,7 +181,7 @@ def check() -> None:
 def _render(
     story: Story, config: RenderConfig, out: Path, *, source: str, address: str | None = None
 ) -> None:
-    """Render a story, showing how it goes. Exits unless every video is done."""
+    """Render a story and show its progress. Exits unless every video is done."""
     from bachvid.cli.progress import open_progress
     from bachvid.driver.events import Done, Failed
     from bachvid.driver.renderer import StoryRenderer

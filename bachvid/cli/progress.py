@@ -1,4 +1,4 @@
-"""What a person sees on stderr while a story renders: a live bar, or one line for each stage."""
+"""Shows on stderr how a render goes: a live bar, or one line for each stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bachvid.units import format_bytes
 
 
 class Progress(AbstractContextManager["Progress"], Protocol):
-    """Is told of every event, in order."""
+    """Receives every event, in order."""
 
     def show(self, event: Event) -> None:
         """Show `event`."""
@@ -37,7 +37,7 @@ class LineProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Nothing to end: every line is out."""
+        """Do nothing: every line has been written."""
 
     def show(self, event: Event) -> None:
         """Write the line of `event`, if it ends a stage."""
@@ -107,7 +107,7 @@ class BarProgress:
 
 
 def stage_line(event: Event) -> str:
-    """Return the line that tells of a stage that has ended, or nothing."""
+    """Return the line about a stage that has ended; empty if none has."""
     match event:
         case Published():
             return f"{event.scene}: {format_bytes(event.cache_bytes)} of keys and values recorded"

@@ -1,4 +1,4 @@
-"""What a render tells its caller while it runs. Plain data: no torch, no arrays.
+"""The events that a render yields while it runs. Plain data: no torch, no arrays.
 
 The events of one video come in the order in which they happened. Those of several videos, which
 are rendered and written side by side, may come in another order than in the render before.
@@ -41,7 +41,7 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A worker was given a video; again, if it is rendered again."""
+    """A worker was given a video. Comes again if the video is rendered again."""
 
     scene: str
     video: str
@@ -78,7 +78,7 @@ class FrameStep:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A picture of what a video will become, as far as its step tells; the next one replaces it."""
+    """A picture of the estimated video. Each preview of a video replaces the one before."""
 
     scene: str
     video: str
@@ -87,7 +87,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """An attempt at a video is lost, with its worker or with the pieces that it reads.
+    """An attempt at a video was lost, with its worker or with the pieces that it reads.
 
     It is rendered again, or `Failed` follows.
     """
@@ -101,8 +101,8 @@ class Lost:
 class Done:
     """A video is in the run directory; `is_resumed` if it was there before this render.
 
-    `seconds` are those of rendering it, `waited` those of them in which it waited for the pieces
-    of its identity video (on a cluster); `recoveries` is what the method had to repair.
+    `seconds` are the time of rendering; `waited` is the part of it spent waiting for pieces of the
+    identity video, on a cluster. `recoveries` lists what the method had to repair.
     """
 
     scene: str

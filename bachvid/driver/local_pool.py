@@ -1,4 +1,4 @@
-"""The pool that is this process alone. Imports torch when there is work."""
+"""A pool of one worker, this process. Imports torch when there is work."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 class LocalPool:
     """This process as the one worker: `wait` renders one denoising step.
 
-    Not a local Ray: for one device a second process would only cost, seconds of start and a copy
-    of the keys and values.
+    For one device a local Ray would only add cost: seconds to start, and a copy of all keys and
+    values.
     """
 
     def __init__(self, plan: RenderPlan) -> None:
@@ -55,7 +55,7 @@ class LocalPool:
         self._running: tuple[Job, _Steps] | None = None
 
     def has_cache(self, job: Job) -> bool:
-        """Open the cache that an identity video left in `cache.directory` in another render."""
+        """Open the cache that an earlier render left in `cache.directory`, if any."""
         folder = self._folder(job)
         if folder is None or not folder.exists():
             return False

@@ -1,4 +1,4 @@
-"""StoryRenderer, the driver API: plan a story, render it here or on a cluster, hear what happens.
+"""StoryRenderer, the driver API: plan a story, render it here or on a cluster, follow its events.
 
 Imports no torch, and Ray only with an address.
 """
@@ -101,7 +101,9 @@ class StoryRenderer:
         return self._cancelled.is_set()
 
     def plan(self, story: Story, *, source: str = "story") -> RenderPlan:
-        """Return what `stream` would do, on the cluster if there is an address. Loads no weights.
+        """Return the plan that `stream` would render, on the cluster if there is an address.
+
+        Loads no weights.
 
         `source` names the story in messages.
 
@@ -117,7 +119,7 @@ class StoryRenderer:
         return render_plan(story, self._config, source=source, download=True, cluster=self._cluster)
 
     def stream(self, story: Story | RenderPlan, *, source: str = "story") -> Iterator[Event]:
-        """Render what is missing of a story, or of its plan, and yield what happens.
+        """Render what is missing of a story, or of its plan, and yield events.
 
         A video that fails does not fail its siblings. Rendering into the same directory again
         renders what is missing. A video that lacks only a file, because the file was lost or

@@ -1,7 +1,7 @@
-"""Renders one story into one run directory: what is kept, and what is tried again.
+"""Renders one story into one run directory, keeps what is finished and retries what was lost.
 
-It knows no tensor and no model: videos are rendered by a pool of workers, in the order that
-`bachvid.scheduling.schedule` says, and written by `bachvid.driver.writer`.
+It knows no tensor and no model: a pool of workers renders the videos, in the order of
+`bachvid.scheduling.schedule`, and `bachvid.driver.writer` writes them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Rendering:
         yield from self._writer.finish()
 
     def close(self) -> None:
-        """End what runs, write what is rendered, and leave a manifest of what there is."""
+        """End the running jobs, write what has been rendered, and write the manifest."""
         try:
             self._pool.close()
         finally:
@@ -103,7 +103,7 @@ class Rendering:
         return missing
 
     def _new_schedule(self, here: LocalPool) -> Schedule:
-        """Plan the work on scenes that lack anything.
+        """Return a schedule of the scenes that lack any file.
 
         Any of their videos needs the identity's keys and values; these are rendered for it again,
         unless they were kept as files.
@@ -148,7 +148,7 @@ class Rendering:
             yield from self._writer.written()
 
     def _make_room(self, jobs: Mapping[tuple[str, str], Job]) -> None:
-        """Let a lost identity video go first, where all workers hold videos that wait for it."""
+        """Make room for a lost identity video if every worker holds a video that waits for it."""
         if len(self._pool.idle) == self._pool.num_workers:  # nothing was found for any of them
             raise WorkerError(
                 f"the cluster has too few workers left, {self._pool.num_workers}, to go on: a "
@@ -164,7 +164,7 @@ class Rendering:
                 self._pool.abort(jobs[scene, video])
 
     def _heard(self, message: Message) -> Iterator[Event]:
-        """Note what a worker says."""
+        """Note a message of a worker."""
         match message:
             case WorkerPlaced() | WorkerLost():
                 yield message
@@ -174,7 +174,7 @@ class Rendering:
                 self._end_scene(message.job.scene)
 
     def _heard_of(self, job: Job, message: JobMessage) -> Iterator[VideoEvent]:
-        """Note what a worker says of its job."""
+        """Note a message of a worker about its job."""
         scene, schedule = job.scene.scene.id, self._schedule
         match message:
             case Stepped():
@@ -206,12 +206,12 @@ class Rendering:
                     self._fail(identity, f"what it recorded was lost: {message.reason}")
 
     def _tell(self, job: Job, event: VideoEvent) -> Iterator[Event]:
-        """Yield an event, or leave it to the writer if one of the same video must come before."""
+        """Yield an event, or have the writer hold it behind an earlier one of the same video."""
         if not self._writer.hold(job, event):
             yield event
 
     def _finish(self, finished: Finished) -> None:
-        """Keep a rendered video, now that that of its identity is here, if it is no other."""
+        """Have a rendered video written; fail it if an earlier render of it was another one."""
         job, scene = finished.job, finished.job.scene.scene.id
         found = (finished.rendered.latents_sha256, finished.provenance)
         before, provenance = self._known.setdefault((scene, job.video.id), found)
@@ -246,7 +246,7 @@ class Rendering:
                 self._writer.failure(Job(scene, video), error)
 
     def _end_scene(self, scene: ScenePlan) -> None:
-        """Write what tells of a scene once it is over, and let go of it."""
+        """Write the sheet of a scene that is over, and free its cache."""
         name = scene.scene.id
         if not self._schedule.scene_over(name) or name in self._ended:
             return

@@ -1,8 +1,8 @@
-"""Writes what a render makes into its run directory, in a thread of its own.
+"""Writes the results of a render into its run directory, in a thread of its own.
 
-Encoding and compressing a video takes seconds, in which the driver's loop goes on giving jobs.
-Everything is written in the order in which it was handed in, and the journal with it: a video's
-line follows its files. While a render runs nobody else changes its run directory.
+Encoding a video takes seconds, in which the driver's loop goes on giving jobs. Everything is
+written in the order in which it was handed in, with the journal: the line of a video follows its
+files. While a render runs nobody else changes its run directory.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _MOST_WAITING = 4  # things to write, among them whole videos in memory; then th
 class Writer:
     """The one thread that writes a run directory.
 
-    What is handed in is written even if the render is cancelled or fails. Events come back when
-    what they tell of is on the disk; what a write raises is raised where its event would come.
+    What is handed in is written even if the render is cancelled or fails. An event comes back when
+    its files are on the disk; an error of a write is raised in place of its event.
     """
 
     def __init__(self, plan: RenderPlan, run: RunDirectory) -> None:
@@ -69,7 +69,7 @@ class Writer:
         self._hand_in((scene, video), write)
 
     def preview(self, job: Job, frames: Frames) -> None:
-        """Write a picture of what a video will become."""
+        """Write a picture of the estimated video."""
         scene, video = _key(job)
 
         def write() -> Preview:
@@ -80,7 +80,7 @@ class Writer:
         self._hand_in((scene, video), write)
 
     def end_scene(self, scene: ScenePlan) -> None:
-        """Write what tells of a scene whose videos have all been handed in."""
+        """Write the contact sheet of a scene whose videos have all been handed in."""
 
         def write() -> None:
             write_contact_sheet(self._run, scene, self._tiles.pop(scene.scene.id, {}))
@@ -89,7 +89,7 @@ class Writer:
         self._hand_in(None, write)
 
     def mend_sheets(self, scenes: Sequence[ScenePlan]) -> None:
-        """Write the contact sheets that are not there: a crash may come between video and sheet."""
+        """Write missing contact sheets: a crash may have come between a video and its sheet."""
 
         def write() -> None:
             for scene in scenes:
@@ -99,9 +99,9 @@ class Writer:
         self._hand_in(None, write)
 
     def hold(self, job: Job, event: VideoEvent) -> bool:
-        """Keep an event that must come after one of the same video which waits for the disk.
+        """Keep an event that must follow one of the same video which still waits for the disk.
 
-        Returns False if none waits: then the event may be told at once.
+        Returns False if none waits, so that the event can be yielded at once.
         """
         if not self._waiting[_key(job)]:
             return False

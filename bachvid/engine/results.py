@@ -1,4 +1,4 @@
-"""What a worker says while it renders, and what it leaves: plain data and arrays. No torch."""
+"""The messages of a worker while it renders, and its result: plain data and arrays. No torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RunStep:
 
 @dataclass(frozen=True, slots=True)
 class PreviewFrames:
-    """What a worker expects a video to become."""
+    """A worker's estimate of the finished video."""
 
     frames: Frames
 
@@ -40,10 +40,10 @@ class MatchedTokens:
 
 @dataclass(frozen=True, slots=True)
 class RenderedVideo:
-    """One video and what became known about it.
+    """A finished video, with its foreground, matches, hashes and timings.
 
-    `frames` are in pixels, `foreground` in tokens, `latents` in the model's own layout. A method
-    that takes no mask has no foreground, one that matches nothing no `matched`.
+    `frames` are in pixels, `foreground` in tokens, `latents` in the model's own layout.
+    `foreground` is None for a method without a mask, `matched` for one that matches nothing.
     """
 
     frames: Frames

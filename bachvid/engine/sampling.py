@@ -1,8 +1,8 @@
-"""Our loops over the steps of one run: from noise to a video, and along a finished one.
+"""The two loops over the steps of a run: `denoise` makes a video, `replay` revisits a finished one.
 
-They run any VideoModel. `denoise` does step for step what the stock diffusers pipeline does: for
-the same inputs the latents are bitwise the same. Both are iterators that keep nothing in the model
-between two steps, so several can advance in turn in one process. They know no method and no Ray.
+They work with any VideoModel. `denoise` follows the stock diffusers pipeline step for step: the
+same inputs give bitwise the same latents. Both are iterators and keep nothing in the model between
+two steps, so several of them can take turns in one process. They know no method and no Ray.
 Shapes: B videos, F latent frames, T text tokens, C channels; the order of a latent's axes is the
 model's own.
 """
@@ -26,7 +26,7 @@ from bachvid.models.base import VideoModel, attention_control
 
 
 class Track(NamedTuple):
-    """A finished video, and the latents that stand for it before each step."""
+    """A finished video (`clean`), and its noised latents before each step."""
 
     clean: Tensor
     before: Callable[[int], Tensor]
@@ -35,8 +35,8 @@ class Track(NamedTuple):
 def source_track(
     model: VideoModel, clean: Tensor, noise: Tensor, sampling: ResolvedSampling
 ) -> Track:
-    """Return the track of finished latents, which one `noise` covers as much as at each step."""
-    solver = model.solver(sampling, noise, noise_seed=0)  # what it would draw, no step uses
+    """Return the track of finished latents, noised with `noise` to the level of each step."""
+    solver = model.solver(sampling, noise, noise_seed=0)  # its draws are not used
     return Track(clean, lambda step: solver.noised(clean, noise, step).to(noise.dtype))
 
 
@@ -55,21 +55,21 @@ def denoise(
 ) -> Iterator[Denoised]:
     """Denoise `noise`, latents of B videos, and yield after each step of `run`.
 
-    The last latents are the result. Closing the iterator ends the run. Every call starts afresh, so
-    that a main run after a pre-pass is the run that it would have been without one.
+    The last latents are the result. Closing the iterator ends the run. Every call starts afresh: a
+    pre-pass leaves no trace in the main run that follows.
 
     Args:
-        model: the control is in its processors during the forwards of a step, at no other time.
+        model: the control is installed in its processors during the forwards of a step only.
         context: its step and branches are set before every forward.
-        run: its steps begin with 0. At the last one, if the schedule goes on behind it, the
-            transformer runs, but nothing is guided or solved: what it saw is all that is wanted.
+        run: its steps begin with 0. If it ends before the schedule does, its last step runs the
+            transformer but not the solver, because only what the control sees is wanted.
         prompt_embeds: [B, T, C].
-        negative_embeds: [B, T, C]; not used if guidance_scale <= 1, which means no guidance.
+        negative_embeds: [B, T, C]; unused without guidance, that is if guidance_scale <= 1.
         noise: what `model.initial_noise(noise_seed, video)` returns, unless B > 1.
-        noise_seed: a stochastic solver (DPM) goes on drawing from this seed's generator, behind
-            the initial noise.
+        noise_seed: a stochastic solver (DPM) continues this seed's generator after the initial
+            noise.
         sampling: the schedule and the guidance.
-        control: what a method does; None leaves diffusers' own processors in place.
+        control: the method's; None leaves diffusers' own processors in place.
     """
     assert run.steps == tuple(range(len(run.steps))), "a solver takes every step, from 0"
     embeds = _embeds_of_branches(prompt_embeds, negative_embeds, sampling)
@@ -109,10 +109,10 @@ def replay(
     sampling: ResolvedSampling,
     control: AttentionControl | None = None,
 ) -> Iterator[Denoised]:
-    """Show the transformer a finished video as it is at each step of `run`, and yield after each.
+    """Show the transformer a finished video, noised to each step of `run`, and yield after each.
 
-    Nothing is solved: the latents are those of the track, the estimate is the video itself. The
-    arguments are those of `denoise`; the steps of `run` may be any.
+    No solver runs: the latents come from the track, and the estimate is the video itself. The
+    arguments are those of `denoise`, but `run` may have any steps.
     """
     embeds = _embeds_of_branches(prompt_embeds, negative_embeds, sampling)
     timesteps = model.solver(sampling, track.clean, noise_seed=0).timesteps
@@ -145,8 +145,8 @@ def _predict(
 ) -> dict[Branch, Tensor]:
     """Run the transformer on this rank's branches of a step, and return the prediction of each.
 
-    As many forwards as the model's family has. The control is installed for them only: another
-    run of this process may be at its step before this one is at its next.
+    One forward, or one for each branch, as the model's family has it. The control is installed
+    for these forwards only, because another run of this process may take its turn in between.
     """
     context.step = step
     own = tuple(embeds)
@@ -166,7 +166,7 @@ def _predict(
 def _of_all_branches(
     context: RunContext, predictions: dict[Branch, Tensor], embeds: Mapping[Branch, Tensor]
 ) -> dict[Branch, Tensor]:
-    """Return the predictions of all branches, the other's from another rank where they share."""
+    """Return the predictions of all branches; ranks that share the branches exchange theirs."""
     if not _shares_branches(context, embeds):
         return predictions
     (own,) = predictions.values()

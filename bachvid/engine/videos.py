@@ -1,4 +1,4 @@
-"""Renders one video in one process: any role, all runs that its method and the plan name."""
+"""Renders one video of any role in one process, through all the runs that its method asks for."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from bachvid.planning.plan import VideoPlan
 class VideoJob:
     """One video to render.
 
-    runs: in order; the last one is the video.
-    sink: of an identity, takes what it records.
-    open_scene: of a frame video, returns the cache of its scene when a run first reads; it may
-        wait for the identity.
-    source: of an identity that is not sampled: the frames of a finished video, which its runs
-        replay.
+    runs: in order; the last one gives the video.
+    sink: where an identity video is recorded.
+    open_scene: returns the cache that a frame video reads; called when a run first reads, and
+        may wait for the identity.
+    source: the frames of a finished video, for an identity that is replayed and not sampled.
     """
 
     role: Role
@@ -41,11 +40,11 @@ Said = RunStep | IdentityManifest | PreviewFrames
 
 
 def render_video(worker: ModelWorker, job: VideoJob) -> Generator[Said, None, RenderedVideo | None]:
-    """Render a video, and yield every step of all its runs; return None on a rank without pixels.
+    """Render a video and yield every step of its runs; return None on ranks that see no pixels.
 
-    The manifest of an identity is yielded as soon as the video is observed, once. Every rank of a
-    gang yields the same steps.
-    Raises WorkerError, naming video and step, whatever goes wrong.
+    The manifest of an identity is yielded once, as soon as the video has been observed. Every
+    rank of a gang yields the same steps.
+    Raises WorkerError for any failure, naming the video and the step.
     """
     seconds: dict[str, float] = {}
     context, kept = worker.new_context(), MemoryPieces()
@@ -57,10 +56,10 @@ def render_video(worker: ModelWorker, job: VideoJob) -> Generator[Said, None, Re
         track = None if clean is None else worker.source_track(clean, job.video)
         for number, run in enumerate(job.runs):
             is_last = number == len(job.runs) - 1
-            with _timed(seconds, "main_run" if is_last else "pre_pass"):  # matching belongs to it
+            with _timed(seconds, "main_run" if is_last else "pre_pass"):  # includes matching
                 scene = _open_scene(worker, job, run)
                 given = RunInputs(run, context, prompt, kept, job.sink, scene, tuple(earlier))
-                # Where an identity is run again for its readers, it is the same run to a method.
+                # An identity that is run again for its readers is the same run to the method.
                 control = worker.method.control(
                     job.role, 0 if job.role == "identity" else number, given
                 )
@@ -83,7 +82,7 @@ def render_video(worker: ModelWorker, job: VideoJob) -> Generator[Said, None, Re
 
 
 def _open_scene(worker: ModelWorker, job: VideoJob, run: Run) -> SceneCache | None:
-    """Return what a run reads, checked, and begin to read it; None if it reads nothing."""
+    """Open, check and begin to read the cache of a run; None if the run reads nothing."""
     if not run.reads:
         return None
     assert job.open_scene is not None, "only a frame video reads"
@@ -95,7 +94,7 @@ def _open_scene(worker: ModelWorker, job: VideoJob, run: Run) -> SceneCache | No
 
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add to the seconds of a stage, which may come more than once."""
+    """Add the time of the block to the seconds of a stage."""
     start = time.perf_counter()
     yield
     seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)

@@ -1,7 +1,7 @@
-"""One process's model, method and token layout: what every video that it renders shares.
+"""The model, the method and the token layout of a process, which all its videos share.
 
-Knows no run directory, no order of work and no Ray. The ranks of a gang each have a worker, and
-render the same videos in step; rank 0 alone sees pixels.
+Knows no run directory, no order of work and no Ray. Each rank of a gang has a worker, and all of
+them render the same videos in lockstep; only rank 0 sees pixels.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from bachvid.prompts.tokenizer import PromptTokenizer, TokenizedPrompt
 class ModelWorker:
     """A model with its method, as one rank of `group`.
 
-    `model.threads` is set for the whole process: torch knows one number of threads only.
+    `model.threads` applies to the whole process, because torch has one number of threads.
     Raises ConfigError or ModelSupportError if the model cannot be loaded.
     """
 
@@ -62,7 +62,7 @@ class ModelWorker:
             self._decodes_together = share_decoder(self.model.vae)
         self.method = build_method(config)
         self.layout = self.model.layout(config.video)
-        self.embeds: dict[str, Tensor] = {}  # [1, T, C] by prompt; the negative one is needed too
+        self.embeds: dict[str, Tensor] = {}  # [1, T, C] by prompt, with the negative one
         self._tokenizer: PromptTokenizer | None = None
 
     @property
@@ -86,7 +86,7 @@ class ModelWorker:
         ranks = f"{size} x cfg {cfg}" if cfg > 1 else str(size)
         return {
             "bachvid": __version__,
-            "torch": str(torch.__version__),  # of a class of torch, which the driver has not
+            "torch": str(torch.__version__),  # a str subclass of torch otherwise
             "diffusers": metadata.version("diffusers"),
             "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
             "threads": str(torch.get_num_threads()),
@@ -167,7 +167,7 @@ class ModelWorker:
         )
 
     def manifest(self, context: RunContext, seen: Observation, seed: int) -> IdentityManifest:
-        """Return what readers of an identity must know: a collective, for the features of all."""
+        """Return the manifest of an identity. A collective: it gathers features from all ranks."""
         foreground = seen.foreground
         return IdentityManifest(
             layout=self.layout,
@@ -199,7 +199,7 @@ class ModelWorker:
         return frames if self.sees_pixels else None
 
     def previews(self, done: Denoised) -> Iterator[PreviewFrames]:
-        """Decode what a step of a main run expects, if the config wants it of this step."""
+        """Decode the estimate of a step, where the config wants a preview of it."""
         every = self.config.output.preview_every
         if every is not None and (done.step + 1) % every == 0:
             frames = self.decode(done.estimate)
@@ -209,7 +209,7 @@ class ModelWorker:
     def rendered(
         self, latents: Tensor, frames: Frames, control: RunControl, seconds: Mapping[str, float]
     ) -> RenderedVideo:
-        """Put together what is known about a finished video."""
+        """Return a finished video with its foreground, matches, hashes and timings."""
         seen = control.observation
         assert seen is not None, "a video ends after its mask step"
         grid, foreground, injected = self.layout.grid, seen.foreground, control.injected

@@ -1,1 +1,1 @@
-"""What is written: the run directory, its journal, and the files of each video. No torch."""
+"""Writes and reads the run directory, its journal, and the files of each video. No torch."""

@@ -1,7 +1,7 @@
-"""What files a rendered video becomes, as the config's `output` section says.
+"""Writes the files of a rendered video that the config's `output` section asks for.
 
-Joins what the files show (`mp4`, `sheets`, `overlays`) with what the run is about: the plan's
-captions, the metadata, the paths in the run directory. Knows no order of work. No torch.
+Combines the writers (`mp4`, `sheets`, `overlays`) with the plan's captions, the metadata and the
+paths in the run directory. Knows no order of work. No torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ENLARGEMENT = "enlargement"  # metadata key of an mp4
 
 @dataclass(frozen=True, slots=True)
 class IdentityPicture:
-    """What the overlays of frame videos show of their identity video."""
+    """The part of an identity video that the overlays of its frame videos show."""
 
     frames: Frames
     foreground: Foreground | None  # in tokens
@@ -153,7 +153,7 @@ def write_contact_sheet(run: RunDirectory, scene: ScenePlan, tiles: Mapping[str,
 
 
 def write_preview(path: Path, video: VideoPlan, frames: Frames) -> None:
-    """Write a picture of what a video will become; it is no file of the finished run."""
+    """Write a picture of the estimated video; it is no file of the finished run."""
     row = SheetRow(video.id, "preview", frames)
     write_atomically(
         path,
@@ -164,7 +164,7 @@ def write_preview(path: Path, video: VideoPlan, frames: Frames) -> None:
 
 
 def read_identity(run: RunDirectory, scene: ScenePlan) -> IdentityPicture:
-    """Return what a finished identity video shows; the frames are lossy, for overlays only."""
+    """Return the picture of a finished identity video. Its frames are lossy: for overlays only."""
     name = scene.scene.id
     path = run.file(name, "masks", f"{IDENTITY_ID}.npz")
     foreground: Foreground | None = None
@@ -175,7 +175,7 @@ def read_identity(run: RunDirectory, scene: ScenePlan) -> IdentityPicture:
 
 
 def read_video(path: Path) -> Frames:
-    """Return the frames of a run's mp4 at the size of the model: near what was rendered."""
+    """Return the frames of a run's mp4 at the size of the model; they are lossy."""
     return read_mp4(path, shrink=int(read_metadata(path).get(ENLARGEMENT, 1)))
 
 

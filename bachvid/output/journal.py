@@ -1,6 +1,6 @@
-"""What the journal of a run says: whose run it is, and which videos are done.
+"""Reads the journal of a run: the story and config of the run, and which videos are done.
 
-For everybody who reads a run directory; `bachvid.output.run_directory` is the one writer.
+For all readers of a run directory; `bachvid.output.run_directory` is its only writer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ JsonObject = dict[str, JsonValue]
 
 @dataclass(frozen=True, slots=True)
 class VideoRecord:
-    """What the journal says about one finished video; paths are relative to the run."""
+    """The journal's record of one finished video; paths are relative to the run."""
 
     scene: str
     video: str
@@ -38,7 +38,7 @@ class VideoRecord:
 
 @dataclass(frozen=True, slots=True)
 class RunHeader:
-    """The first line of the journal: whose directory this is."""
+    """The first line of the journal: story and config of the run."""
 
     story: JsonObject
     config: JsonObject
@@ -49,7 +49,7 @@ class RunHeader:
 
 @dataclass(frozen=True, slots=True)
 class RunContents:
-    """A run as its journal tells it."""
+    """A run as recorded in its journal."""
 
     path: Path
     header: RunHeader
@@ -64,7 +64,7 @@ class RunContents:
 
 
 def read_run(path: Path) -> RunContents:
-    """Return what a run directory holds, without locking it.
+    """Return the contents of a run directory, without locking it.
 
     Raises ConfigError if `path` is no run directory.
     """
@@ -107,7 +107,7 @@ def read_lines(path: Path) -> tuple[list[JsonObject], int]:
 
 
 def contents_of(path: Path, lines: Sequence[JsonObject]) -> RunContents:
-    """Return what the lines of a journal say. Raises ConfigError if they are another program's."""
+    """Parse the lines of a journal. Raises ConfigError if they are another program's."""
     first, *rest = lines
     try:
         header = RunHeader(**_fields(first, "run"))  # type: ignore[arg-type]

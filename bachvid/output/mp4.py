@@ -1,4 +1,4 @@
-"""Frames to mp4 files and back, by PyAV.
+"""Writes frames to mp4 files and reads them back, with PyAV.
 
 Frames are uint8, (frames, height, width, 3), RGB. Knows no model, no story and no run directory.
 """
@@ -54,7 +54,7 @@ def write_mp4(frames: Frames, path: Path, *, fps: int, crf: int, metadata: Metad
 
 
 def read_metadata(path: Path) -> dict[str, str | int | float]:
-    """Return what `write_mp4` was given as metadata, or nothing if the file carries none."""
+    """Return the metadata given to `write_mp4`; empty if the file has none."""
     with av.open(str(path)) as container:
         comment = container.metadata.get("comment")
     return dict(json.loads(comment)) if comment else {}

@@ -1,4 +1,4 @@
-"""Masks and matches, drawn over frames.
+"""Draws masks and matches over frames.
 
 Frames are uint8, (frames, height, width, 3), RGB. A mask is bool, True where the character is, in
 pixels or in tokens: (latent frames, rows, columns). Knows no model, no story and no run directory.

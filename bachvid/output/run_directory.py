@@ -1,4 +1,4 @@
-"""The run directory, safe against crashes: what is finished, and which files belong to it.
+"""The run directory: which videos are finished, and which files belong to them. Safe in a crash.
 
     RUN/.lock                       held by the one renderer that may write here
     RUN/journal.jsonl               first line: story and config; then one line per video
@@ -61,7 +61,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 class RunDirectory:
-    """The one writer of a run directory. Use as a context manager: it holds the lock."""
+    """The only writer of a run directory. A context manager: it holds the lock."""
 
     def __init__(self, path: Path, header: RunHeader) -> None:
         """Open or create `path` for this story and config.
@@ -107,14 +107,14 @@ class RunDirectory:
         self.close()
 
     def close(self) -> None:
-        """Release the lock: the next renderer may come."""
+        """Release the lock."""
         if not self._journal.closed:
             self._journal.close()
             os.close(self._lock)
 
     @property
     def contents(self) -> RunContents:
-        """The run as of now."""
+        """The finished videos so far."""
         return RunContents(self.path, self.header, dict(self._records), dict(self._failures))
 
     def file(self, scene: str, *parts: str) -> Path:
@@ -137,7 +137,7 @@ class RunDirectory:
         return [path for path in wanted if not self._is_whole(path, known)]
 
     def commit(self, record: VideoRecord) -> None:
-        """Journal a video whose files are all written. It is done from here on."""
+        """Journal a video whose files are all written: from then on it is done."""
         self._append({"event": "video", **asdict(record)})
         self._records[record.scene, record.video] = record
         self._failures.pop((record.scene, record.video), None)
@@ -148,7 +148,7 @@ class RunDirectory:
         self._failures[scene, video] = error
 
     def write_manifest(self) -> None:
-        """Write `manifest.json`: what the journal says, without what was overtaken."""
+        """Write `manifest.json`: the last state of every video in the journal."""
         manifest: JsonObject = {
             **asdict(self.header),
             "videos": [asdict(record) for record in self._records.values()],
@@ -185,7 +185,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _lock(path: Path) -> int:
-    """Lock `path` for this process. The kernel lets go when the process ends, even by kill -9."""
+    """Lock `path`. The kernel releases the lock when the process ends, even by kill -9."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -240,7 +240,7 @@ def _output(config: JsonObject) -> JsonObject:
 
 
 def _pixels(config: JsonObject) -> JsonObject:
-    """Drop what may change between two visits: it is no part of the config's hash."""
+    """Return the part of a config that may not change between two renders into one folder."""
     model = config.get("model")
     kept = model.items() if isinstance(model, dict) else ()
     of_model: JsonObject = {key: v for key, v in kept if key not in ("threads", "device")}

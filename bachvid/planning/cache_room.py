@@ -1,4 +1,4 @@
-"""How long keys and values of the identity videos are kept: what fits, what is faster, and why.
+"""Chooses how long the keys and values of identity videos are kept: what fits, and what is faster.
 
 Pure: no torch and no Ray.
 """
@@ -19,7 +19,7 @@ from bachvid.planning.nodes import NodeFacts
 from bachvid.units import format_bytes, pluralize
 
 STORE_SHARE = 0.8  # of the object store; when it is fuller than that Ray spills to disk
-_PATIENCE = 1.05  # times as long a render with `window` may take: it saves memory and disk
+_PATIENCE = 1.05  # as much longer may a render with `window` take, since it saves memory and disk
 
 
 class CacheRoom:
@@ -58,7 +58,7 @@ class CacheRoom:
 
     @property
     def live_scenes(self) -> int:
-        """Caches that fit on every node, so that any can be the one of an identity video."""
+        """Caches that fit on every node: an identity video may run on any of them."""
         room = _room(self._smallest) + int(self._config.spill_gb * 10**9)
         fitting = room // self._cache_bytes if self._cache_bytes else len(self._frames)
         return min(fitting, len(self._frames))
@@ -75,7 +75,7 @@ class CacheRoom:
         return sum(max(ceil(count / others), 1) for count in self._frames)
 
     def bytes_on(self, workers: int, policy: Policy) -> int:
-        """Count the keys and values that a node with so many workers holds at most."""
+        """Return the bytes of keys and values that a node with so many workers holds at most."""
         if policy == "retain":
             return self.live_scenes * self._cache_bytes
         # Every wave that has a worker there may need all its steps there.
@@ -117,7 +117,7 @@ class CacheRoom:
             )
         rounds = self._wave_rounds()
         slow, fast = rounds * self._wave_steps, self.num_waves("retain") * self._frame_steps
-        # A single wave is as good as it gets; when scenes queue, idle workers would add up.
+        # With a single wave no worker is idle for long; with more, idle workers add up.
         if can_retain and rounds > 1 and slow > _PATIENCE * fast:
             return "retain", (
                 f"whole waves of up to {most + 1} videos would keep {workers} workers for "

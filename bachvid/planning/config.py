@@ -1,6 +1,6 @@
 """RenderConfig: everything about a render that is not the story. Pure data, no torch.
 
-It stands above the methods, because the section `method` is of the class that its method has.
+It is above the methods, because each method has its own class for the section `method`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _default_method() -> MethodConfig:
 
 
 class RenderConfig(Section):
-    """The whole config as written, one section for each owner. None: use the model's value."""
+    """The config as written, in sections. None means the model's value."""
 
     model: ModelConfig = ModelConfig()
     video: VideoConfig = VideoConfig()
@@ -64,7 +64,7 @@ class RenderConfig(Section):
 
     @classmethod
     def from_yaml(cls, path: Path | None, overrides: Sequence[str] = ()) -> RenderConfig:
-        """Read a config; each of `overrides` is `section.key=value`, the value in YAML.
+        """Read a config file, and overrides `section.key=value` with values in YAML.
 
         Raises ConfigError with one line per problem, naming the file or the override.
         """
@@ -116,7 +116,7 @@ class ResolvedConfig(Section):
 
     @property
     def sha256(self) -> str:
-        """The hash, in hex, of what decides the pixels: not where, how or to what files."""
+        """The hash, in hex, of all that decides the pixels."""
         decisive = self.model_dump(
             mode="json",
             exclude={

@@ -1,8 +1,8 @@
-"""GPU bytes of a render, before any weight is loaded: what one rank of a gang holds at most.
+"""Predicts the peak GPU memory of a rank before any weight is loaded.
 
-Pure: no torch. Counted are tensors: their sum is what `torch.cuda.max_memory_allocated` shows. The
-CUDA context, what the allocator keeps for later and the workspace of a convolution come on top.
-Attention is that of PyTorch's fused kernels, so no matrix of queries by keys is counted.
+Pure: no torch. Only tensors are counted, as in `torch.cuda.max_memory_allocated`: the CUDA context,
+the reserve of the allocator and the workspaces of convolutions come on top. Attention is expected
+to run in PyTorch's fused kernels, which make no matrix of queries by keys.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bachvid.layout.tokens import TokenLayout
 from bachvid.methods.base import Matching, Method
 from bachvid.planning.config import ResolvedConfig
 
-# What of the tokens is character while tokens are matched: the most in the paper's stories.
+# Share of the tokens that is character when tokens are matched: the paper's largest.
 _CHARACTER_SHARE = 0.3
 _MATCH_CHUNK = 1024  # query rows at once, of `match_tokens`
 
@@ -44,10 +44,10 @@ class PhaseBytes(NamedTuple):
 class RankMemory:
     """GPU bytes of one rank, by what holds them.
 
-    weights: None if neither the weights are here nor the model is one that is known.
-    forward: activations of the transformer, of the step that needs most.
+    weights: None if the weights are not on this machine and the model is not a published one.
+    forward: activations of the transformer, in the step that needs most.
     matching: features and their products, once for each frame video, between two steps.
-    decode: activations of the VAE, and the frames, of a rank that decodes alone. Ranks that share
+    decode: activations of the VAE and the frames, on a rank that decodes alone. Ranks that share
         a decode need less.
     """
 
@@ -59,8 +59,8 @@ class RankMemory:
     def phases(self, offload: Offload) -> PhaseBytes | None:
         """Add up what is held in each phase; None if the weights are not known.
 
-        With `offload` only the component in use is there. What the text encoder needs beside its
-        weights is little, and it is freed before the first video.
+        With `offload` only the component in use is on the GPU. The text encoder is freed before the
+        first video; its activations are small and not counted.
         """
         weights = self.weights
         if weights is None:
@@ -89,7 +89,7 @@ def plan_memory(
     identity: Gang,
     frame: Gang,
 ) -> PlannedMemory:
-    """Count for a render whose videos are rendered by these gangs."""
+    """Return the peak bytes of a render by these gangs."""
     memory = rank_memory(config, facts, method, frame, renders_frames=True)
     if identity == frame:
         return PlannedMemory(memory, memory)
@@ -104,7 +104,7 @@ def rank_memory(
     *,
     renders_frames: bool,
 ) -> RankMemory:
-    """Count what a rank of `gang` needs for identities and, with `renders_frames`, frame videos."""
+    """Return what a rank of `gang` needs, for frame videos too if it renders them."""
     injects = renders_frames and any(run.reads for run in method.runs("frame"))
     sizes = _Sizes.of(config, facts, method, gang)
     return RankMemory(
@@ -119,10 +119,10 @@ def rank_memory(
 
 
 def weight_bytes(facts: ModelFacts, dtype: Dtype) -> WeightBytes | None:
-    """Return the bytes of a model's weights, in the dtypes that its family holds them in.
+    """Return the bytes of a model's weights, in the dtypes in which its family loads them.
 
-    None if its files are not here and it is not a published one. Raises ModelSupportError for a
-    damaged file.
+    None if its files are not on this machine and it is not a published model. Raises
+    ModelSupportError for a damaged file.
     """
     components, sizes = facts.traits.components, facts.sizes
     if facts.folder is not None:
@@ -211,7 +211,7 @@ class _Sizes:
 
 
 def _forward_bytes(sizes: _Sizes, facts: ModelFacts, *, injects: bool) -> int:
-    """Bytes of a forward at its peak, beside the weights; tables of positions included.
+    """Bytes of a forward at its peak, without the weights; tables of positions are included.
 
     Each line is a place where diffusers' eager code is at its fullest. In a feed-forward a block
     holds its own hidden states, what attention gave, the normed states, and the inner states
@@ -238,7 +238,7 @@ def _forward_bytes(sizes: _Sizes, facts: ModelFacts, *, injects: bool) -> int:
 
 
 def _attention_bytes(sizes: _Sizes, *, injects: bool) -> int:
-    """Bytes of the self-attention at its peak, beside what the forward holds.
+    """Bytes of the self-attention at its peak, beyond those of the forward.
 
     The normed states, and queries, keys and values of a rank's rows; with several ranks also
     those of its heads (`controlled_attention`). Then one of three: the keys are rotated, beside

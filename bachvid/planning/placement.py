@@ -1,6 +1,6 @@
-"""What a cluster has, and what a render does with it: workers, waves, bytes on every node.
+"""Plans a render on a cluster: workers, waves, and the bytes on every node.
 
-Pure: no torch and no Ray: `plan_execution` is told what a cluster has.
+Pure: no torch and no Ray; the machines of the cluster are an argument.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MOST_NODES_NAMED = 8
 
 @dataclass(frozen=True, slots=True)
 class NodePlan:
-    """What a render takes of one node. At most `cache_bytes` of pieces reside there."""
+    """The share of a render on one node. At most `cache_bytes` of pieces are kept there."""
 
     id: str
     name: str
@@ -39,7 +39,7 @@ class NodePlan:
 
 @dataclass(frozen=True, slots=True)
 class ParallelDegree:
-    """GPUs that could share one video. `padding` tokens make its tokens divisible by them."""
+    """A number of GPUs that can share one video, with `padding` tokens to divide evenly."""
 
     ranks: int
     padding: int
@@ -49,11 +49,11 @@ class ParallelDegree:
 class ExecutionPlan:
     """How a cluster renders a story.
 
-    A worker is a gang of ranks on one node. Gangs of one size render identity and frame videos
-    alike. Of two sizes, one gang renders all identity videos and no other: which gang renders a
-    video must not depend on chance, since it decides its last bits.
+    A worker is a gang of ranks on one node. If all gangs have one size, each renders identity and
+    frame videos. With two sizes, one gang renders all identity videos and nothing else: the size
+    of the gang decides the last bits of a video, so it must not depend on chance.
 
-    nodes: those with workers; the first one is where the first identity video is rendered.
+    nodes: those with workers; the first one renders the first identity video.
     identity, frame: the gangs of an identity and of a frame video.
     cpus_per_worker, gpus_per_worker: of every rank.
     waves: under `window`, of the whole story; under `retain`, rounds in which every worker
@@ -145,7 +145,7 @@ def plan_gangs(config: ResolvedConfig, facts: ModelFacts) -> tuple[Gang, Gang]:
     gangs = []
     for key in ("identity_gpus", "gpus_per_frame_actor"):
         size: int = getattr(asked, key)
-        cfg = asked.cfg if size > 1 else 1  # a single one has both branches anyway
+        cfg = asked.cfg if size > 1 else 1  # a single GPU runs both branches anyway
         legal = [n * cfg for n in range(1, MAX_DEGREE // cfg + 1) if facts.num_heads % n == 0]
         if size not in legal:
             raise ConfigError(
@@ -193,7 +193,7 @@ def _place_workers(
         rooms[nodes[0].id] = 1 + left // frame.size if left >= 0 else 0
     total = sum(rooms.values()) if not nodes or rooms[nodes[0].id] else 0
     wanted = total if asked.workers is None else asked.workers
-    # Of two kinds one of each is needed.
+    # With two kinds of worker, at least one of each.
     if not 0 < wanted <= total or (wanted == 1 and identity != frame):
         has = [
             f"{node.name} ({pluralize(node.cpus, 'CPU')}, {pluralize(node.gpus, 'GPU')}, room for "

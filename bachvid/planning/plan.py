@@ -1,4 +1,4 @@
-"""What a render will do, before any weight loads: every error in a story or config shows here.
+"""The plan of a render, made before any weight loads. It finds every error in a story or config.
 
 Pure: no torch. The driver renders what the plan says, and `bachvid.planning.text` prints it.
 """
@@ -95,14 +95,14 @@ class RenderPlan:
 
     @property
     def num_forwards(self) -> int:
-        """Passes through the transformer for the whole story; one step may take two."""
+        """Forwards of the transformer for the whole story; a step may take two."""
         passes = len(self.facts.passes) if self.config.sampling.guidance_scale > 1 else 1
         steps = sum(self.num_steps(video.id) for scene in self.scenes for video in scene.videos)
         return passes * steps
 
     @property
     def seconds(self) -> float | None:
-        """An estimate for 2 CPU cores, or None where nobody measured this model at this size."""
+        """An estimate for 2 CPU cores; None if this model was not measured at this size."""
         defaults, video = self.facts.defaults, self.config.video
         measured = (defaults.pixel_frames, defaults.height, defaults.width)
         if (video.pixel_frames, video.height, video.width) != measured:
@@ -119,12 +119,12 @@ def render_plan(
     download: bool = False,
     cluster: ClusterFacts | None = None,
 ) -> RenderPlan:
-    """Decide what a render does. `source` is the story's name in messages, as its file.
+    """Plan a render. `source` names the story in messages: its file, for example.
 
-    With `download` the tokenizer of a Hub model is fetched, so that its prompts are checked;
-    without, they are where it is on this machine already, and else `tokens` are None.
-    Raises ConfigError with one line per problem, also if `cluster` has too little for the
-    render, and ModelSupportError for a model not supported.
+    With `download` the tokenizer of a Hub model is fetched, so that prompts can be checked.
+    Without it, prompts are checked if the tokenizer is on this machine, else `tokens` are None.
+    Raises ConfigError with one line per problem, also if `cluster` is too small for the render,
+    and ModelSupportError for a model that is not supported.
     """
     facts = load_facts(config.model)
     resolved = resolve_config(config, facts)
@@ -172,7 +172,7 @@ def render_plan(
 def _load_tokenizer(
     facts: ModelFacts, config: ResolvedConfig, notes: list[str], *, download: bool
 ) -> PromptTokenizer | None:
-    """Return the model's tokenizer; None, and a note, if it can be had when rendering starts."""
+    """Return the model's tokenizer; None and a note if it is downloaded when rendering starts."""
     try:
         return PromptTokenizer.load(facts, revision=config.model.revision, download=download)
     except ModelSupportError as error:

@@ -1,4 +1,4 @@
-"""Fills in what a config leaves out, from its model and its method, and checks all of it."""
+"""Fills in what a config leaves out, from its model and its method, and checks the result."""
 
 from __future__ import annotations
 
@@ -64,6 +64,6 @@ def resolve_config(config: RenderConfig, facts: ModelFacts) -> ResolvedConfig:
 
 
 def build_method(config: ResolvedConfig) -> Method[Any]:
-    """Return the method that a config names: the same one wherever it is built."""
+    """Return the method that a config names. Every process builds the same one."""
     method = method_class(config.method.name)
     return method(config.method, num_steps=config.sampling.num_steps)

@@ -1,4 +1,4 @@
-"""A plan in words, as `bachvid plan` prints it, and as plain data."""
+"""A plan as the text that `bachvid plan` prints, and as plain data."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def _gang_text(gang: Gang) -> str:
 
 
 def _mask_words(scene: ScenePlan) -> dict[Segment, tuple[str, ...]]:
-    """Return the words whose attention makes the masks; none: those of the whole segment."""
+    """Return the words whose attention makes the masks; empty if all words of a segment do."""
     segments: tuple[Segment, ...] = ("character", "background")
     return {segment: scene.identity.prompt.words(segment) for segment in segments}
 

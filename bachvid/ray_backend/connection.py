@@ -1,4 +1,4 @@
-"""Being connected to a Ray cluster, and what it consists of.
+"""Connects to a Ray cluster and reads which machines it has.
 
 Imported lazily: importing Ray takes half a second.
 """
@@ -31,9 +31,9 @@ _FORWARDED = ("HF_", "NCCL_", "TORCH_NCCL_", "CUDA_DEVICE_", "BACHVID_")
 
 @contextmanager
 def ray_connection(address: str) -> Iterator[ClusterFacts]:
-    """Be connected to the cluster at `address` ("local": start one, and end it after the block).
+    """Connect to the cluster at `address` ("local": start one, and stop it after the block).
 
-    A process that called `ray.init` itself stays connected as it is, and `address` is ignored.
+    If this process has called `ray.init` itself, it stays connected and `address` is ignored.
     Raises ConfigError if there is no cluster.
     """
     if ray.is_initialized():
@@ -48,7 +48,7 @@ def ray_connection(address: str) -> Iterator[ClusterFacts]:
 
 
 def read_cluster(address: str) -> ClusterFacts:
-    """Look at a cluster. Raises ConfigError if there is none."""
+    """Return the machines of a cluster. Raises ConfigError if there is none."""
     with ray_connection(address) as facts:
         return facts
 
@@ -80,7 +80,7 @@ def _connect(address: str) -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Knock first: for a head node that is not there Ray itself waits more than ten minutes."""
+    """Try the address first: Ray waits over ten minutes for a head node that is not there."""
     if address in ("auto", LOCAL):
         return
     host, _, port = address.rpartition(":")
@@ -100,7 +100,7 @@ def _check_answers(address: str) -> None:
 
 @contextmanager
 def _silent_ray() -> Iterator[None]:
-    """Keep what Ray itself says when a node is lost off the terminal: a page of a log each time.
+    """Keep Ray's page of messages about a lost node off the terminal.
 
     Private: `log_to_driver=False` stops what workers print, not this.
     """
@@ -113,7 +113,7 @@ def _silent_ray() -> Iterator[None]:
 
 @contextmanager
 def _loopback_if(is_local: bool) -> Iterator[None]:
-    """Let a cluster of this machine listen on loopback only: it is nobody else's business.
+    """Let a cluster of this machine listen on loopback only, so that nobody else can connect.
 
     Private: Ray does so where it supports no clusters, and reads its variable for that,
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER, when it is imported. It ignores an address of 127.0.0.1.

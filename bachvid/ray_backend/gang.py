@@ -1,4 +1,4 @@
-"""One worker of a Ray pool: the actors of a gang, where they are, and the job that they share."""
+"""One worker of a Ray pool: the actors of a gang, their place, and the job that they share."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ Resources = Mapping[str, float]
 class Stream:
     """A job on its worker.
 
-    arrived: parts that not all ranks have published yet, by rank.
-    credit: how many parts it was allowed to publish.
-    is_over: it has said its last word, or was aborted: its ranks' streams only have to end.
+    arrived: parts that some ranks, but not all, have published.
+    credit: the number of parts that it may publish.
+    is_over: it has reported its end or was aborted, and only the streams of its ranks must end.
     """
 
     number: int
@@ -48,11 +48,10 @@ class Stream:
 class Rank:
     """One actor of a gang.
 
-    starting: the call that is awaited while it is placed, then loads.
-    items: what it says of the job. `follows` announces that the next item is no note;
-        `published` was one. The last item of a stream that is cut short is an error, also where
-        it was announced as more.
-    over: its last word on the job.
+    starting: the call that is awaited while it is placed, and then while it loads.
+    items: its stream of notes on the job. After a note with `follows` the next item is data, as
+        `published` was. A stream that is cut short ends in an error, even after such a note.
+    over: its last note on the job.
     """
 
     index: int
@@ -68,7 +67,7 @@ class Rank:
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """Where a worker may be: what each rank takes, and a placement group or a strategy of Ray."""
+    """Where a worker may be: the resources of each rank, and Ray's placement group or strategy."""
 
     kind: Kind
     gang: Gang
@@ -83,7 +82,7 @@ class Place:
         return cls(kind, gang, resources, group=group)
 
     def give_back(self) -> None:
-        """Let others have it."""
+        """Release the resources of this place."""
         if self.group is not None:
             remove_placement_group(self.group)
 
@@ -125,21 +124,21 @@ class GangWorker:
 
     @property
     def provenance(self) -> Mapping[str, str] | None:
-        """What its videos are made with; None before all ranks have loaded their model."""
+        """Versions and device of its videos; None before all ranks have loaded their model."""
         return None if self.is_starting else self.ranks[0].provenance
 
     @property
     def is_gang(self) -> bool:
-        """Whether it is more than one rank: none of them goes on without the others."""
+        """Whether it has more than one rank, in which case no rank can go on without the others."""
         return len(self.ranks) > 1
 
     def load(self) -> None:
-        """Load the model, once all ranks are placed: they meet."""
+        """Load the model, once all ranks are placed: loading joins them into one group."""
         for rank in self.ranks:
             rank.starting = rank.actor.load.remote(self._meeting)
 
     def begin(self, stream: Stream, items: Mapping[int, Iterator[ray.ObjectRef[Any]]]) -> None:
-        """Take what each rank says of a job that it was given."""
+        """Take the stream of each rank for a job that it was given."""
         self.stream = stream
         for rank in self.ranks:
             rank.items, rank.follows = items[rank.index], None
@@ -168,7 +167,7 @@ class GangWorker:
             ray.kill(rank.actor)
 
     def where(self) -> str:
-        """Name its processes, for messages."""
+        """Return the names of its processes, for messages."""
         if not self.node:
             return "starting"
         pids = ", ".join(str(rank.pid) for rank in self.ranks)
@@ -176,6 +175,6 @@ class GangWorker:
 
 
 def first_line(error: RayError) -> str:
-    """Return the first line of what went wrong in a worker, without Ray's frame around it."""
+    """Return the first line of a worker's error, without the text that Ray puts around it."""
     cause = getattr(error, "cause", None) or error
     return f"{type(cause).__name__}: {str(cause).strip() or 'no reason given'}".split("\n")[0]

@@ -1,4 +1,4 @@
-"""Where a render's workers are: starting them, and replacing those that die.
+"""Starts the workers of a render and replaces those that die.
 
 A worker is placed, then loads its model, then is idle. `RayPool` awaits both steps, and tells the
 placement of their end (`advance`) and of every death (`lose`).
@@ -66,10 +66,10 @@ class Placement:
         ]
 
     def advance(self, worker: GangWorker, rank: Rank) -> list[WorkerPlaced]:
-        """Take in a rank that is placed, or that has loaded its model: `rank.starting` has ended.
+        """Go on with a rank whose `rank.starting` ended: it is placed, or has its model.
 
-        Raises RayActorError if the rank died, and WorkerError, or what it raised in our words, if
-        it cannot load the model.
+        Raises RayActorError if the rank died, and WorkerError or its own error if it cannot load
+        the model.
         """
         assert rank.starting is not None
         try:
@@ -95,7 +95,7 @@ class Placement:
         return [placed]
 
     def replace(self, worker: GangWorker) -> None:
-        """Kill a worker, and start another in its place, or if it was tied to a node, anywhere."""
+        """Kill a worker and start another in its place, or anywhere if it was tied to a node."""
         worker.kill()
         del self._workers[worker.id]
         worker.place.strategy = "DEFAULT"
@@ -114,11 +114,11 @@ class Placement:
         self.replace(worker)
 
     def succeeded(self) -> None:
-        """Note that a worker has rendered a video: losses are no longer in a row."""
+        """Note that a worker has rendered a video, which ends a row of losses."""
         self._losses = 0
 
     def give_up_on_unplaced(self) -> None:
-        """Go on without workers that found no place in time. Raises WorkerError without any."""
+        """Go on without workers that found no place in time. Raises WorkerError if none did."""
         late = [
             worker
             for worker in self._workers.values()

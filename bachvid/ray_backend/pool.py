@@ -1,10 +1,10 @@
-"""A pool of Ray actors: gives them jobs, waits for what they say, and tells the driver.
+"""A pool of Ray actors: gives them jobs, waits for their messages, and passes these to the driver.
 
 `Placement` starts the workers and replaces those that die; `Publisher` passes on what identity
-videos publish. What Ray raises becomes a message or one of our errors. Only public Ray calls.
+videos publish. Errors of Ray become messages or our own errors. Only public calls of Ray are used.
 
-A gang whose ranks do not all go on is killed and started anew: the others wait for it inside the
-model, where nothing can end them.
+If one rank of a gang stops, the whole gang is killed and started again: the other ranks wait for
+it inside the model, where nothing else can end them.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class RayPool:
         return messages
 
     def start(self, worker: int, job: Job) -> None:
-        """Give a job to an idle worker; a frame video also all that it reads and that is there."""
+        """Give a job to an idle worker, and to a frame video all pieces that are there for it."""
         number, self._next_number = self._next_number, self._next_number + 1
         gang, scene = self._placement.workers[worker], job.scene.scene.id
         texts = (job.video.prompt.text, self._plan.config.sampling.negative_prompt)
@@ -115,7 +115,7 @@ class RayPool:
         logger.info("started scene=%s video=%s worker=%d", scene, job.video.id, worker)
 
     def wait(self) -> Sequence[Message]:
-        """Wait for what any worker says. Raises WorkerError when the last one is gone."""
+        """Wait for messages of any worker. Raises WorkerError when the last worker is gone."""
         self._publisher.give_credit(self._placement.workers.values())
         awaited: dict[Any, tuple[GangWorker, Rank]] = {}
         for worker in self._placement.workers.values():
@@ -215,7 +215,7 @@ class RayPool:
         )
 
     def _broken(self, worker: GangWorker, reason: str) -> list[Message]:
-        """Give up a job that failed. Its worker is well; a gang is started anew."""
+        """Give up a job that failed. A lone worker goes on; a gang is started again."""
         stream = worker.stream
         assert stream is not None
         worker.stream = None
@@ -227,7 +227,7 @@ class RayPool:
         return [] if stream.is_over else [Broken(stream.job, reason)]
 
     def _heard(self, worker: GangWorker, rank: Rank, note: Note) -> list[Message]:
-        """Understand a note of a job that runs."""
+        """Turn a note of a running job into messages."""
         assert worker.stream is not None
         job = worker.stream.job
         if note.step is not None:
@@ -247,7 +247,7 @@ class RayPool:
         return self._over(worker, note)
 
     def _over(self, worker: GangWorker, note: Note) -> list[Message]:
-        """Close a job at the last word of its last rank, or at the first that tells of failure."""
+        """Close a job at the last note of its last rank, or at the first note of a failure."""
         stream = worker.stream
         assert stream is not None
         job = stream.job
@@ -268,7 +268,7 @@ class RayPool:
         return [Broken(job, note.error)]
 
     def _lost(self, worker: GangWorker) -> list[Message]:
-        """Replace a worker of which a rank died, and say which job died with it."""
+        """Replace a worker of which a rank died, and report the job that was lost with it."""
         reason = f"died ({worker.where()}): killed, out of memory, or the node is gone"
         self._placement.lose(worker, reason)
         messages: list[Message] = [WorkerLost(worker.id, reason)]

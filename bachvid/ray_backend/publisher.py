@@ -1,7 +1,7 @@
-"""Passing on what identity videos publish: who reads what, who may go on, what is let go.
+"""Passes on what identity videos publish: to its readers, at their pace, and until nobody needs it.
 
-The driver's process owns all that is published: it is made of items of streaming generators, so it
-outlives the worker that made it (what an actor itself puts into the store dies with it).
+The driver's process owns all that is published, as items of streaming generators: so they outlive
+the worker that made them, while objects that an actor puts into the store itself die with it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class _Scene:
     identity: int = -1
 
     def clear(self) -> None:
-        """Forget what was published: it is lost, or about to be published again."""
+        """Forget what was published, because it is lost or about to be published again."""
         self.publication.clear()
         self.cache = None
 
 
 class Publisher:
-    """The publications of all scenes that are on their way."""
+    """The publications of all scenes in progress."""
 
     def __init__(self, plan: RenderPlan, execution: ExecutionPlan) -> None:
         self._plan, self._is_window = plan, execution.policy == "window"
@@ -57,7 +57,7 @@ class Publisher:
         ]
 
     def open(self, number: int, job: Job) -> Mapping[str, Any]:
-        """Return what the worker of a job, which is about to start, must know of its publication.
+        """Return what a worker must know of the publication when it starts a job.
 
         These are arguments of `RayWorker.identity` or `RayWorker.frame`.
         """
@@ -70,7 +70,7 @@ class Publisher:
         return {"is_window": self._is_window, "first": publication.dropped}
 
     def join(self, reader: GangWorker) -> None:
-        """Count on the worker of a frame video, and send it all that it reads and that is there."""
+        """Add the worker of a frame video as a reader, and send it the parts that are there."""
         assert reader.stream is not None
         scene = self._scene_of(reader.stream.job)
         scene.publication.join(reader)
@@ -80,17 +80,17 @@ class Publisher:
             self._send_part(reader, part, refs)
 
     def leave(self, reader: GangWorker, job: Job) -> None:
-        """No longer wait for a worker: its job is over, or lost."""
+        """Remove a worker as a reader: its job is over, or lost."""
         scene = self._scenes.get(job.scene.scene.id)
         if scene is not None:
             scene.publication.leave(reader)
 
     def stepped(self, reader: GangWorker, job: Job, step: RunStep) -> None:
-        """Note that the worker of a frame video has done a step: it needs its part no more."""
+        """Note that the worker of a frame video has done a step, and no longer needs its part."""
         self._scene_of(job).publication.stepped(reader, step)
 
     def give_credit(self, workers: Iterable[GangWorker]) -> None:
-        """Let identity videos publish; after all of a wave are started, so that all are counted."""
+        """Let identity videos publish more, once a whole wave has started."""
         for worker in workers:
             stream = worker.stream
             if stream is None or not stream.job.is_identity or stream.is_over:
@@ -101,7 +101,7 @@ class Publisher:
                 worker.send(credit=credit)
 
     def publish(self, stream: Stream, rank: Rank, announced: Note, ref: ray.ObjectRef[Any]) -> bool:
-        """Keep what a rank published, and send it to its readers. Return whether it was the last.
+        """Keep and send what a rank published. Return whether it was the last part.
 
         A part is sent when all ranks that record anything have published theirs.
         """
@@ -125,11 +125,11 @@ class Publisher:
         return part == publication.num_parts - 1
 
     def is_outdated(self, stream: Stream) -> bool:
-        """Whether a job began before its scene's identity video, which publishes anew, did."""
+        """Whether a job is older than the identity video that now publishes for its scene."""
         return stream.number < self._scene_of(stream.job).identity
 
     def clear(self, job: Job) -> None:
-        """Forget what was published for a job's scene: it is lost. Its readers go on waiting."""
+        """Forget what was published for a job's scene, which is lost. Its readers go on waiting."""
         self._scene_of(job).clear()
 
     def forget(self, scene: str) -> None:
@@ -141,7 +141,7 @@ class Publisher:
         self._scenes.clear()
 
     def _scene_of(self, job: Job) -> _Scene:
-        """Return the scene's publication; a new one for an identity video that nobody waits for."""
+        """Return the publication of a scene, made if there is none yet."""
         name = job.scene.scene.id
         known = self._scenes.get(name)
         if known is None or (job.is_identity and self._is_window and not known.publication.readers):

@@ -1,8 +1,8 @@
-"""What runs in a Ray actor: one rank of a gang, which renders identity and frame videos.
+"""The Ray actor: one rank of a gang, which renders identity and frame videos.
 
-Rendering methods are streaming generators, whose items the driver owns: they outlive the worker.
-Calls that come while it renders (credits, shards, the order to end) are in another concurrency
-group and only touch a `_Feed`. Imports torch when it loads the model, not before.
+Its rendering methods are streaming generators: the driver owns their items, so these outlive the
+worker. Calls that come while it renders (credits, shards, the order to end) run in another
+concurrency group and touch nothing but a `_Feed`. Imports torch only when it loads the model.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _EMBEDS = "embeds"
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One small message of a job's stream, which says one thing. Rank 0 says all of them.
+    """One small message in the stream of a job. Exactly one field is set; rank 0 sends all kinds.
 
     step: a denoising step is done.
-    preview: what the video will become.
-    part: the next item of the stream is no note, but this part of the publication.
-    has_cache: the next item of the stream is no note, but the identity's manifest.
-    is_over: the job has ended well; of rank 0 with what is `rendered`, and the seconds that it
+    preview: an estimate of the finished video.
+    part: the next item of the stream is this part of the publication, and no note.
+    has_cache: the next item of the stream is the identity's manifest, and no note.
+    is_over: the job has succeeded; from rank 0 with the video `rendered` and the seconds that it
         `waited` for keys and values.
-    error, lost: it has not; `lost` says that published keys and values were gone or damaged.
+    error, lost: the job has failed; `lost` if published keys and values were missing or damaged.
     """
 
     step: RunStep | None = None
@@ -63,11 +63,11 @@ class Note:
 
 
 class _Aborted(BaseException):
-    """The driver wants no more of this job; no Exception, so that nobody takes it for a failure."""
+    """The driver has aborted this job. No Exception, so that nothing handles it as a failure."""
 
 
 class _Feed:
-    """What a running job is sent: credit, the cache, parts, the order to end."""
+    """What the driver sends to a running job: credit, the cache, parts, the order to end."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -92,7 +92,7 @@ class _Feed:
             self._changed.notify_all()
 
     def wait(self, is_there: Callable[[], bool] = lambda: True) -> None:
-        """Wait until something is there. Raises _Aborted if the job is to end."""
+        """Wait until a condition holds. Raises _Aborted if the job is to end."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_aborted or is_there())
         if self._is_aborted:
@@ -114,7 +114,7 @@ class _Feed:
         return _pulled(self._parts[part], f"pieces of part {part}")
 
     def drop(self, passed: int) -> None:
-        """Let go of the first `passed` parts, so that the store can free them."""
+        """Drop the first `passed` parts, so that the store can free them."""
         with self._changed:
             for part in [part for part in self._parts if part < passed]:
                 del self._parts[part]
@@ -132,7 +132,7 @@ def _pulled(refs: Sequence[ray.ObjectRef[Item]], what: str) -> Sequence[Item]:
 
 
 class RayWorker:
-    """One process with one model, or its share of one. `RayPool` calls its methods."""
+    """One process that holds a model, or its share of one. `RayPool` calls its methods."""
 
     def __init__(self, config: ResolvedConfig, gang: Gang, rank: int) -> None:
         self._config, self._gang, self._rank = config, gang, rank
@@ -142,13 +142,13 @@ class RayWorker:
         self._lock = threading.Lock()
 
     def place(self) -> tuple[str, int]:
-        """Return the node that this worker got, and its process there."""
+        """Return the node and the process id of this worker."""
         return str(ray.get_runtime_context().get_node_id()), os.getpid()
 
     def load(self, meeting: str) -> Mapping[str, str]:
-        """Load the model, not its text encoder; return what videos are made with.
+        """Load the model without its text encoder; return its versions and device.
 
-        The ranks of a gang meet in a file of that name, which is of this gang only.
+        The ranks of a gang find each other through a file of that name, used by this gang only.
         """
         from bachvid.attention.groups import ALONE
         from bachvid.engine.worker import ModelWorker
@@ -177,7 +177,7 @@ class RayWorker:
 
     @ray.method(concurrency_group="control")
     def send(self, number: int, **what: Any) -> None:
-        """Hand on to the feed of a job what `_Feed.send` takes; ignored if the job is over."""
+        """Pass arguments on to `_Feed.send` of a job; ignored if the job is over."""
         feed = self._feed(number)
         if feed is not None:
             feed.send(**what)
@@ -294,7 +294,7 @@ class RayWorker:
         embeds: Mapping[str, ray.ObjectRef[bytes]],
         render: Callable[[_Feed], Iterator[Item]],
     ) -> Iterator[Item | Note]:
-        """Yield what `render` does, and in the end what went wrong, as a note."""
+        """Yield the items of `render`, and at its end a note of any error."""
         from safetensors.torch import load
 
         feed = self._feed(number)
@@ -320,7 +320,7 @@ class RayWorker:
                 self._last_ended = max(self._last_ended, number)
 
     def _feed(self, number: int) -> _Feed | None:
-        """Return the feed of a job, which may be sent things before it begins; None: it is over."""
+        """Return the feed of a job, begun or to come; None if the job is over."""
         with self._lock:
             if number <= self._last_ended:
                 return None

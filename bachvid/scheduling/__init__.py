@@ -1,1 +1,1 @@
-"""Which worker renders what next: decisions and messages, pure."""
+"""Decides which worker renders what next. Pure: no torch, no Ray."""

@@ -1,8 +1,8 @@
-"""What a driver needs of the processes that render: a pool, and the messages of its workers.
+"""The interface of a pool of rendering processes, and the messages of its workers.
 
-A pool runs jobs, one at a time on each of its workers, and says what became of them. It decides
-nothing: what runs when is `bachvid.scheduling.schedule`, what is kept `bachvid.driver.rendering`.
-The pools are `bachvid.driver.local_pool` and, of Ray actors, `bachvid.ray_backend.pool`. No torch.
+A pool runs jobs, one at a time on each of its workers, and reports what became of them. It decides
+nothing: `bachvid.scheduling.schedule` says what runs when, `bachvid.driver.rendering` what is kept.
+There are two: `bachvid.driver.local_pool` and, of Ray actors, `bachvid.ray_backend.pool`. No torch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class Previewed:
-    """A job shows what its video will become."""
+    """A job shows an estimate of its finished video."""
 
     job: Job
     frames: Frames
@@ -52,7 +52,7 @@ class Previewed:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """The identity cache of a scene is whole."""
+    """The identity cache of a scene is complete."""
 
     job: Job
     nbytes: int
@@ -60,7 +60,7 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A job has ended well; it waited for pieces of its identity video for `waited` seconds."""
+    """A job has succeeded. It waited `waited` seconds for pieces of its identity video."""
 
     job: Job
     rendered: RenderedVideo
@@ -70,7 +70,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """A job cannot be rendered; its worker is well."""
+    """A job has failed and would fail again; its worker goes on."""
 
     job: Job
     error: str
@@ -78,7 +78,7 @@ class Broken:
 
 @dataclass(frozen=True, slots=True)
 class JobLost:
-    """A job is gone, with its worker or with what it had published; another attempt may succeed."""
+    """A job was lost, with its worker or with its published pieces; another try may succeed."""
 
     job: Job
     reason: str
@@ -86,7 +86,7 @@ class JobLost:
 
 @dataclass(frozen=True, slots=True)
 class CacheLost:
-    """A frame video found identity keys and values gone or damaged: its scene has no cache now.
+    """A frame video found pieces missing or damaged: its scene has no cache now.
 
     If the identity video is still being rendered, it is lost, too.
     """
@@ -97,7 +97,7 @@ class CacheLost:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlaced:
-    """A rank of a worker runs: as process `pid`, on `node`. Its model is loaded next."""
+    """A rank of a worker has started, as process `pid` on `node`. It loads its model next."""
 
     worker: int
     rank: int
@@ -107,7 +107,7 @@ class WorkerPlaced:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """A rank of a worker died, and all of it was started anew, with another number."""
+    """A rank of a worker died; the whole worker was started again, with another number."""
 
     worker: int
     reason: str
@@ -122,7 +122,7 @@ class Pool(Protocol):
     """Workers that render, each one job at a time."""
 
     def encode(self, prompts: Sequence[Prompt]) -> Sequence[Message]:
-        """Load the model and the embeddings of `prompts`; return what workers said meanwhile.
+        """Load the model and the embeddings of `prompts`; return the messages that came meanwhile.
 
         Raises as `load_model` does.
         """
@@ -137,16 +137,16 @@ class Pool(Protocol):
 
     @property
     def is_growing(self) -> bool:
-        """Whether a worker is being started, or ends a job that is over: it will be idle soon."""
+        """Whether a worker will be idle soon: it is being started, or is ending an aborted job."""
 
     def start(self, worker: int, job: Job) -> None:
         """Give a job to an idle worker."""
 
     def wait(self) -> Sequence[Message]:
-        """Wait for something to happen, but not for long; raises WorkerError if nothing can."""
+        """Wait for messages, for a short time. Raises WorkerError if none can ever come."""
 
     def abort(self, job: Job) -> None:
-        """End a job, if it runs; nothing more is said of it."""
+        """End a job, if it runs. No more messages of it follow."""
 
     def forget(self, scene: str) -> None:
         """Free the identity cache of a scene, if there is one."""

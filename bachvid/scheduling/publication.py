@@ -1,8 +1,8 @@
-"""One scene's pieces on their way: what was published, who reads it, what may be dropped.
+"""Keeps track of the published pieces of a scene: which there are, who reads them, what to drop.
 
-Bookkeeping of the driver, over opaque references: no Ray, no torch. What a part is, and which of
-them are made, says `bachvid.methods.reading`. Retained parts are kept until the scene is over; in
-a window a part is dropped when every reader has gone past it, and only so many are ever alive.
+Bookkeeping of the driver, over opaque references: no Ray, no torch. `bachvid.methods.reading`
+defines the parts. Retained parts are kept until the scene is over. In a window a part is dropped
+when every reader has gone past it, and the number of parts alive is limited.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Publication(Generic[Reader, Ref]):
 
     @property
     def dropped(self) -> int:
-        """How many parts, the first ones, nobody needs any more."""
+        """The number of parts, counted from the first, that nobody needs any more."""
         return self._dropped
 
     @property
     def credit(self) -> int:
-        """How many parts may be published, counted from the first one of all."""
+        """The number of parts, counted from the first, that may be published by now."""
         if self._window is None or not self._passed:
             return self.num_parts
         return self._dropped + self._window
@@ -59,7 +59,7 @@ class Publication(Generic[Reader, Ref]):
         return list(self._passed)
 
     def publish(self, part: int, ref: Ref) -> None:
-        """Keep a part that somebody needs; one that is published again takes its place."""
+        """Keep a part that somebody needs. One that is published again replaces the earlier one."""
         if self._window is None or (self._passed and part >= self._dropped):
             self._refs[part] = ref
 
@@ -68,17 +68,17 @@ class Publication(Generic[Reader, Ref]):
         self._refs.clear()
 
     def join(self, reader: Reader) -> None:
-        """Count on `reader`, from the first part on."""
+        """Add a reader, which needs all parts."""
         assert self._window is None or self._dropped == 0, "its first parts are gone"
         self._passed[reader] = 0
 
     def leave(self, reader: Reader) -> None:
-        """No longer wait for `reader`: it is done, or dead."""
+        """Remove a reader that is done or dead."""
         self._passed.pop(reader, None)
         self._drop()
 
     def stepped(self, reader: Reader, step: RunStep) -> None:
-        """Note that a reader has done a step of a run, so that it needs its part no more."""
+        """Note that a reader has done a step of a run, and no longer needs the parts before it."""
         self._passed[reader] = self._reading.passed(step.run, step.step)
         self._drop()
 

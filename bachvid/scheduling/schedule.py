@@ -23,9 +23,9 @@ FRAME_ATTEMPTS, IDENTITY_ATTEMPTS = 3, 2
 
 @dataclass(frozen=True, slots=True)
 class SceneWork:
-    """What is to be rendered of a scene: these frame videos.
+    """The frame videos of a scene that are to be rendered.
 
-    `needs_identity` is False where an identity cache is at hand already, from files.
+    `needs_identity` is False if there is an identity cache already, in files.
     """
 
     id: str
@@ -160,7 +160,7 @@ class Schedule:
         return self._by_id[scene].losses.get(video, 0)
 
     def assign(self, idle: Sequence[Slot], num_workers: int) -> list[Assignment]:
-        """Say what to start now; it counts as running from here on.
+        """Return what to start now. It counts as running from then on.
 
         `num_workers` are all that live, the busy ones too. First come identity videos that others
         wait for, then frame videos of live scenes, first those whose cache is on the worker's
@@ -194,14 +194,14 @@ class Schedule:
         return started
 
     def done(self, scene: str, video: str) -> None:
-        """Take a video as rendered."""
+        """Note that a video was rendered."""
         found = self._by_id[scene]
         if found.states[video] in ("pending", "running"):
             found.is_rendered |= video == IDENTITY_ID
             self._end(found, video, "done")
 
     def failed(self, scene: str, video: str) -> None:
-        """Take a video as one that cannot be rendered; it is not tried again.
+        """Note that a video cannot be rendered. It is not tried again.
 
         With an identity video all pending frame videos of its scene fail. Those running stay so:
         they wait for what will not come, and the caller ends them.
@@ -213,7 +213,7 @@ class Schedule:
     def lost(self, scene: str, video: str) -> bool:
         """Queue a video again whose worker died. Returns False if it was tried often enough.
 
-        Then it has failed, an identity video with all that need it.
+        In that case it has failed, and with an identity video all that need it.
         """
         found = self._by_id[scene]
         if found.states[video] == "running":
