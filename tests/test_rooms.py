@@ -12,6 +12,7 @@ import pytest
 import bachvid
 
 PACKAGE = Path(bachvid.__file__).parent
+MOST_LINES, MOST_LINES_OF_FUNCTION = 350, 60
 
 # Rooms from the ground up; what a room may import of the others, and which heavy libraries, also
 # inside a function. A room imports only what stands above it here.
@@ -122,6 +123,18 @@ def test_no_import_circle() -> None:
             reached |= new
             left += new
         assert start not in reached, f"{start} imports itself, by way of {sorted(reached)}"
+
+
+def test_files_and_functions_are_short_or_say_why() -> None:
+    for path in FILES:
+        text = path.read_text()
+        tree = ast.parse(text)
+        reason = f"Over {MOST_LINES} lines: "
+        assert text.count("\n") <= MOST_LINES or reason in (ast.get_docstring(tree) or ""), path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= MOST_LINES_OF_FUNCTION, f"{path}: {node.name} has {length} lines"
 
 
 def test_nobody_imports_xfuser_at_once() -> None:

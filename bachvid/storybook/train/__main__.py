@@ -16,49 +16,38 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
 import click
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import load_model, save_model
-from torch import nn
 
 from bachvid.storybook import model as storybook
-from bachvid.storybook import wan
 from bachvid.storybook.judge import WEIGHTS, JudgeNetwork
-from bachvid.storybook.train import wan as train_wan
 from bachvid.storybook.train.common import Clips, Settings, render_clips
+from bachvid.storybook.train.families import FAMILIES, TrainedFamily
 from bachvid.storybook.train.judge import measure_judge, train_judge
 from bachvid.storybook.train.transformer import (
     Latents,
     Prompts,
-    TextToVideo,
-    Trainee,
-    cogvideox_noised,
     encode_clips,
     train_transformer,
 )
-from bachvid.storybook.train.vae import reconstruct, train_vae
-from bachvid.storybook.train.wan import WanTextToVideo, flow
+from bachvid.storybook.train.vae import reconstruct
 from bachvid.storybook.world import Difficulty
 
 _DECODED = 4_000  # clips that the judge sees as the autoencoder gives them back
 _HELD_OUT_SEED = 10_000_000
 
 
-Family = Literal["cogvideox", "wan"]
 _of_family = click.option(
-    "--family", type=click.Choice(get_args(Family)), default="cogvideox", show_default=True
+    "--family",
+    type=click.Choice(list(FAMILIES)),
+    default="cogvideox",
+    show_default=True,
+    callback=lambda context, parameter, name: FAMILIES[name],
 )
-
-
-def _text_to_video(family: Family) -> Trainee:
-    return TextToVideo() if family == "cogvideox" else WanTextToVideo()
-
-
-def _stage(name: str, family: Family) -> str:
-    return name if family == "cogvideox" else f"{name}-{family}"
 
 
 @click.group()
@@ -85,10 +74,14 @@ def _latents(work: Path, difficulty: Difficulty) -> Latents:
 
 
 def load_vae(work: Path) -> AutoencoderKLCogVideoX:
-    """Return the trained autoencoder, its average weights."""
+    """Return the trained autoencoder of the first model, its average weights."""
     vae = storybook.build_vae()
-    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["average"])
+    vae.load_state_dict(_average(work / "vae.pt"))
     return vae.eval()
+
+
+def _average(path: Path) -> Any:  # tensors by name
+    return torch.load(path, weights_only=True)["average"]
 
 
 @main.command()
@@ -108,33 +101,28 @@ def clips(settings: Settings, varied: int, easy: int) -> None:
 @click.option("--steps", default=3_000, show_default=True)
 @_of_family
 @click.pass_obj
-def vae(settings: Settings, steps: int, family: Family) -> None:
+def vae(settings: Settings, steps: int, family: TrainedFamily) -> None:
     """Train the autoencoder; that of the Wan family on the latents of the first one."""
     clips = _clips(settings.work, "varied")
-    if family == "cogvideox":
-        train_vae(clips, settings, steps)
-    else:
-        train_wan.train_vae(clips, _latents(settings.work, "varied").latent, settings, steps)
+    family.train_vae(clips, lambda: _latents(settings.work, "varied"), settings, steps)
 
 
 @main.command()
 @_of_family
 @click.pass_obj
-def shipped(settings: Settings, family: Family) -> None:
+def shipped(settings: Settings, family: TrainedFamily) -> None:
     """Begin with the shipped autoencoder and transformer, at step 0 and without momentum."""
-    paths = [settings.work / f"{_stage(name, family)}.pt" for name in ("vae", "transformer")]
+    paths = [family.checkpoint(settings.work, name) for name in ("vae", "transformer")]
     if found := [path for path in paths if path.exists()]:
         raise click.ClickException(f"{found[0]} exists: give a new folder as --work")
-    autoencoder: nn.Module = storybook.build_vae() if family == "cogvideox" else wan.build_vae()
-    text_to_video = _text_to_video(family)
+    autoencoder, text_to_video = family.build_vae(1.0), family.build_text_to_video()
     parts = {
         "vae": autoencoder,
         "transformer": text_to_video.transformer,
         "text_encoder": text_to_video.text_encoder,
     }
-    folder = storybook.WEIGHTS if family == "cogvideox" else wan.WEIGHTS
     for name, part in parts.items():
-        (file,) = (folder / name).glob("*.safetensors")
+        (file,) = (family.weights / name).glob("*.safetensors")
         load_model(part, str(file))  # copies float16 into float32
     for path, module in zip(paths, (autoencoder, text_to_video), strict=True):
         state = module.state_dict()
@@ -160,7 +148,7 @@ def latents(settings: Settings) -> None:
 @_of_family
 @click.pass_obj
 def transformer(
-    settings: Settings, steps: int, decay_steps: int, easy_steps: int, family: Family
+    settings: Settings, steps: int, decay_steps: int, easy_steps: int, family: TrainedFamily
 ) -> None:
     """Train the transformer and its text encoder."""
     names: tuple[Difficulty, ...] = ("easy", "varied")
@@ -169,10 +157,10 @@ def transformer(
     scaled = {name: replace(world, latent=world.latent * scale) for name, world in worlds.items()}
     torch.manual_seed(settings.seed)
     train_transformer(
-        _stage("transformer", family),
-        _text_to_video(family),
-        cogvideox_noised if family == "cogvideox" else flow,
-        Prompts(only_nouns=family == "wan"),
+        family.checkpoint(settings.work, "transformer").stem,
+        family.build_text_to_video(),
+        family.noised,
+        Prompts(only_nouns=family.only_nouns),
         lambda step: scaled["easy" if step < easy_steps else "varied"],
         settings,
         steps=steps,
@@ -206,30 +194,14 @@ def judge(settings: Settings, steps: int) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Default: in the package.")
 @_of_family
 @click.pass_obj
-def export(settings: Settings, out: Path | None, family: Family) -> None:
+def export(settings: Settings, out: Path | None, family: TrainedFamily) -> None:
     """Write the averaged weights as a diffusers folder."""
     deviation = float(_latents(settings.work, "varied").latent.std())
-    path = settings.work / f"{_stage('transformer', family)}.pt"
-    state = torch.load(path, weights_only=True)["average"]
-    if family == "wan":
-        wan_text_to_video = WanTextToVideo()
-        wan_text_to_video.load_state_dict(state)
-        wan_autoencoder = wan.build_vae(deviation)
-        found = torch.load(settings.work / "vae-wan.pt", weights_only=True)["average"]
-        wan_autoencoder.load_state_dict(found)
-        wan.save_storybook(
-            out or wan.WEIGHTS,
-            vae=wan_autoencoder,
-            transformer=wan_text_to_video.transformer,
-            text_encoder=wan_text_to_video.text_encoder,
-        )
-        return
-    text_to_video = TextToVideo()
-    text_to_video.load_state_dict(state)
-    autoencoder = load_vae(settings.work)
-    autoencoder.register_to_config(scaling_factor=1 / deviation)
-    storybook.save_storybook(
-        out or storybook.WEIGHTS,
+    autoencoder, text_to_video = family.build_vae(deviation), family.build_text_to_video()
+    for name, module in (("vae", autoencoder), ("transformer", text_to_video)):
+        module.load_state_dict(_average(family.checkpoint(settings.work, name)))
+    family.save(
+        out or family.weights,
         vae=autoencoder,
         transformer=text_to_video.transformer,
         text_encoder=text_to_video.text_encoder,
