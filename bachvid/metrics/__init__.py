@@ -1,1 +1,1 @@
-"""What the videos of a run are measured by: one file per metric, arrays in, numbers out."""
+"""Metrics of the videos of a run. One file for each metric: arrays in, numbers out."""

@@ -1,4 +1,4 @@
-"""Where the background of a clip is: everything that no foreground mask comes near."""
+"""The background of a clip: all pixels away from every foreground mask."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Measures a run directory: every metric, for every video or pair of videos it speaks of.
+"""Measures a run directory: each metric on each video or pair of videos that it applies to.
 
-Videos of one scene are compared with each other, never with those of another scene. The frame
-videos are measured; the identity video is what they are compared with, and one of every pair.
+Only videos of the same scene are compared. Frame videos are measured, against the identity video
+and in pairs, of which the identity video is one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Measurement:
 
 
 class Summary(NamedTuple):
-    """The mean of a metric; the standard error is that of the scenes' means, from two scenes on."""
+    """The mean of a metric, and the standard error of the scenes' means if there are several."""
 
     mean: float
     standard_error: float | None
@@ -61,7 +61,7 @@ class Summary(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What was measured of one run; `notes` are what a reader of the numbers must know."""
+    """The measurements of one run, with `notes` that a reader of the numbers must know."""
 
     path: Path
     method: str
@@ -133,10 +133,10 @@ def _without_method(config: MethodConfig) -> NoneConfig:
 def evaluate_run(path: Path, *, judge: ReadClips | None = None) -> Evaluation:
     """Measure all videos of a run directory.
 
-    Raw frames are read where the run has them (`output.frames`); else the mp4 files are read
-    back, which is lossy and noted. The judge reads the clips of the embedded model, and its masks
-    are used then, because they are the same instrument for every method; of other models there
-    is no judge, and the masks are those that the method saw. `judge` is used for any model.
+    Raw frames are read where the run has them (`output.frames`), else the mp4 files, which are
+    lossy; a note says so. Clips of the embedded model are read by the judge, whose masks are then
+    used because they measure every method alike. For other models there is no judge, and the
+    masks are those of the method. A given `judge` is used for any model.
 
     Raises ConfigError if `path` is no run directory, or has no finished video.
     """
@@ -238,7 +238,7 @@ def _measure_records(run: RunContents, scene: Scene) -> Iterator[Measurement]:
 
 
 def _measure_pixels(scene: Scene, clips: _Clips) -> Iterator[Measurement]:
-    """Everything that is measured of the frames of a scene."""
+    """Yield all measurements on the frames of a scene."""
     for first, second in itertools.combinations(range(len(clips.records)), 2):
         one, two = clips.records[first], clips.records[second]
         if (one.prompt, one.seed) == (two.prompt, two.seed):

@@ -1,4 +1,4 @@
-"""PSNR-BG: how equal two clips of a scene are wherever neither shows the character."""
+"""PSNR-BG: how alike two clips of a scene are where neither shows the character."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the methods do to attention at run time, with torch: controls."""
+"""The controls of the methods: what they do to attention at run time. Imports torch."""

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class PrePassInjector(VideoObserver):
-    """Observes a pre-pass and, from step 1, injects background by the previous step's mask.
+    """Observes a pre-pass and, from step 1, injects background according to the mask before.
 
-    Source: CharaConsist (arXiv 2507.11533), released code; the time law of BachVid's Table 4
-    speaks for it.
+    Source: CharaConsist (arXiv 2507.11533), released code. The times in BachVid's Table 4 suggest
+    that BachVid does the same.
     """
 
     def __init__(self, given: RunInputs, method: BachVid) -> None:
@@ -91,7 +91,7 @@ class FrameInjector(RunControl):
         return inject_identity_kv(self._scene.source.get(site), self._injected)
 
     def _match(self, frame_mask_N: Tensor) -> TokenMatch:
-        """Match this rank's foreground tokens, and put together what all ranks found."""
+        """Match this rank's foreground tokens, and gather the matches of all ranks."""
         context, layers = self._context, self._method.config.match_layers
         own_mask_N = frame_mask_N[context.positions]
         features = self._observation.features
@@ -114,8 +114,8 @@ class FrameInjector(RunControl):
 class RepeatedPrePass(VideoObserver):
     """Observes a pre-pass that injects what the pre-pass before it found.
 
-    Not in the paper: the character of a plain pre-pass is another one than that of the main run,
-    and so are its mask and its matches. This one's is already like the identity's.
+    Not in the paper. A plain pre-pass shows another character than the main run, so its mask and
+    its matches are those of another figure. Here the character already resembles the identity's.
     """
 
     def __init__(self, given: RunInputs, method: BachVid) -> None:

@@ -1,4 +1,4 @@
-"""Controls that look at a video: its foreground mask and its features, and what readers need.
+"""Controls that observe a video (its mask and features) and record what readers need.
 
 Shape suffixes: see `bachvid.attention.control`.
 """
@@ -18,10 +18,10 @@ from bachvid.methods.ops.masks import ForegroundMask, extract_foreground_mask, t
 
 
 class VideoObserver(RunControl):
-    """Extracts the mask and keeps the features of a video; changes nothing.
+    """Extracts the mask of a video and keeps its features. Changes nothing.
 
-    The conditional branch is looked at, at the mask step, or at every step up to it. Every rank
-    of a group gets the mask of the whole video, and the features of its own positions.
+    It observes the conditional branch, at the mask step or at every step up to it. Every rank of a
+    group gets the mask of the whole video, and the features of its own positions.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class VideoObserver(RunControl):
         return key_BTHD[:, : self.prompt.num_tokens - 1]
 
     def _looks_at(self, branch: Branch) -> bool:
-        """Whether this branch is the conditional one, or this rank's own: it gets the other's."""
+        """Whether to observe a branch: the conditional one; with cfg ranks, the rank's own."""
         return branch == "cond" or self.context.group.cfg_size > 1
 
     def _looks_for_mask(self, site: AttentionSite) -> bool:
@@ -125,7 +125,7 @@ def _check_one_video(query_BSHD: Tensor) -> None:
 
 
 class IdentityRecorder(VideoObserver):
-    """Records keys and values of an identity video at the steps of its run; changes nothing."""
+    """Records keys and values of an identity video at the steps of its run. Changes nothing."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Which tokens of a frame video see which keys of the identity video.
+"""Selects the tokens of a frame video that see identity keys, and the keys that they see.
 
 Pure functions on tensors. Shape suffixes: see `bachvid.attention.attend`.
 """
@@ -81,7 +81,7 @@ def select_injected_tokens(
 
 
 def inject_identity_kv(shard: Shard, tokens: InjectedTokens) -> list[KVGroup]:
-    """Return foreground and background queries the identity keys and values that they see.
+    """Return the groups of identity keys and values for foreground and background queries.
 
     Foreground keys are those of the matched identity tokens, moved to the positions of the frame
     tokens; background keys stay where they are. Text queries are in neither group. A group

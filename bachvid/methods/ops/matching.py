@@ -1,4 +1,4 @@
-"""Which identity token a frame token corresponds to, by the attention outputs of both videos.
+"""Matches frame tokens to identity tokens, by the attention outputs of both videos.
 
 Pure functions on tensors. Shape suffixes: see `bachvid.attention.attend`; q is a chunk of Q.
 """
