@@ -47,7 +47,10 @@ class Runs:
         self.cluster, self.model = cluster, model
 
     def render(self, out: Path, kind: str, at: int, policy: str) -> int:
-        """Render with one kill after the event number `at`; return how many there were."""
+        """Render with one kill after the event number `at`; return 1 if the driver lost a worker.
+
+        A kill loses nothing where the worker was done, and its last events were still on the way.
+        """
         if kind == "driver":
             return self._render_killed(out, at, policy)
         kills = lost = 0
@@ -60,8 +63,7 @@ class Runs:
                 lost += isinstance(event, WorkerLost)
                 if number >= at and not kills:
                     kills += self._kill(kind, event, where)
-        assert lost >= kills
-        return kills
+        return min(lost, kills)
 
     def _kill(self, kind: str, event: Event, where: Whereabouts) -> int:
         if kind == "node":
@@ -111,10 +113,10 @@ def check_kills(
     killed: Counter[str] = Counter()
     with cluster_of(3) as cluster:
         runs = Runs(cluster, model)
-        for run in range(2 * number):
-            if killed.total() == number:  # a moment may come too late for its kind of loss
+        for run in range(3 * number):
+            if killed.total() == number:
                 break
-            kind = KINDS[run % len(KINDS)]
+            kind = min(KINDS, key=killed.__getitem__)  # a moment may have come too late for it
             policy = ("window", "retain")[run // len(KINDS) % 2]
             at = chance.randint(6, 60)
             out = folder / f"run-{run}"
@@ -157,12 +159,14 @@ def test_a_signal_ends_a_render_with_its_own_exit_code(
     number: signal.Signals,
     code: int,
     tiny_cogvideox_folder: Path,
-    expected: Hashes,
     tmp_path: Path,
 ) -> None:
     story = tmp_path / "story.yaml"
     story.write_text(STORY.model_dump_json())
-    config = settings(tiny_cogvideox_folder)
+    config = settings(tiny_cogvideox_folder, "sampling.num_steps=40")  # long enough to be ended
+    with StoryRenderer(config, tmp_path / "whole") as renderer:
+        list(renderer.stream(STORY))
+    expected = hashes(tmp_path / "whole")
     (tmp_path / "config.yaml").write_text(config.model_dump_json(exclude_none=True))
     command = [sys.executable, "-m", "bachvid", "render", str(story), "-v"]
     command += ["--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
@@ -170,7 +174,7 @@ def test_a_signal_ends_a_render_with_its_own_exit_code(
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as first:
         assert first.stderr is not None
         for line in first.stderr:
-            if "forest/jumps" in line:  # one video is done
+            if "forest/identity: " in line:  # one video is done
                 break
         first.send_signal(number)
         _, rest = first.communicate(timeout=60)
