@@ -219,14 +219,14 @@ class _Figure:
         """Append the strokes of a hat."""
         match hat:
             case "cap":
-                self.add((-0.05, 0.885), (0.05, 0.885), (0.100, 0.100), colour)
-                self.add((0.0, 0.845), (0.27, 0.835), (0.035, 0.030), colour)
+                self.add((-0.05, 0.870), (0.05, 0.870), (0.110, 0.110), colour)
+                self.add((0.0, 0.835), (0.34, 0.820), (0.042, 0.036), colour)
             case "top hat":
-                self.add((-0.20, 0.855), (0.20, 0.855), (0.034, 0.034), colour)
-                self.add((0.0, 0.86), (0.0, 1.07), (0.115, 0.125), colour, flat=True)
+                self.add((-0.26, 0.855), (0.26, 0.855), (0.036, 0.036), colour)
+                self.add((0.0, 0.86), (0.0, 1.13), (0.145, 0.155), colour, flat=True)
             case "cone":
-                self.add((0.0, 0.83), (0.0, 1.16), (0.155, 0.012), colour, flat=True)
+                self.add((0.0, 0.82), (0.0, 1.24), (0.190, 0.008), colour, flat=True)
             case "crown":
-                self.add((0.0, 0.83), (0.0, 0.91), (0.150, 0.150), colour, flat=True)
-                for x in (-0.115, 0.0, 0.115):
-                    self.add((x, 0.90), (x * 1.15, 1.05), (0.045, 0.008), colour)
+                self.add((0.0, 0.82), (0.0, 0.90), (0.185, 0.200), colour, flat=True)
+                for x in (-0.170, 0.0, 0.170):
+                    self.add((x, 0.89), (x * 1.18, 1.10), (0.062, 0.006), colour)

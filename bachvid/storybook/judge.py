@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bachvid.errors import LayoutError
 from bachvid.storybook.world import ACTIONS, ATTRIBUTES, BACKGROUNDS, CHARACTERS
 
-FRAMES, SIZE = 5, 48  # the only clips that it can read
+FRAMES, SIZE = 9, 64  # the only clips that it can read
 WEIGHTS = Path(__file__).parent / "weights" / "judge" / "model.safetensors"
 # What is read from a clip: name -> values. The first three stand in the prompt.
 QUESTIONS: Mapping[str, Sequence[str]] = {
@@ -64,10 +64,10 @@ class JudgeNetwork(nn.Module):
         super().__init__()
         self.down = nn.ModuleList(
             [
-                _Block(3 * FRAMES, width),  # 48 x 48
+                _Block(3 * FRAMES, width),  # 64 x 64
                 _Block(width, 2 * width, 2),
                 _Block(2 * width, 3 * width, 2),
-                _Block(3 * width, 4 * width, 2),  # 6 x 6
+                _Block(3 * width, 4 * width, 2),  # 8 x 8
             ]
         )
         self.up = nn.ModuleList(
@@ -113,7 +113,7 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, frames: NDArray[np.uint8]) -> JudgeReading:
-        """Read clips: uint8 [V, 5, 48, 48, 3]. Raises LayoutError for any other size."""
+        """Read clips: uint8 [V, 9, 64, 64, 3]. Raises LayoutError for any other size."""
         if frames.shape[1:] != (FRAMES, SIZE, SIZE, 3):
             raise LayoutError(
                 f"the judge got frames of shape {frames.shape}: it reads [V, {FRAMES}, {SIZE}, "

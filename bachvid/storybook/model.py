@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from bachvid.storybook.world import ACTIONS, BACKGROUNDS, CHARACTERS
 
-FRAME_SIZE = 48
-PIXEL_FRAMES = 5
+FRAME_SIZE = 64
+PIXEL_FRAMES = 9
 TEXT_TOKENS = 20
 NUM_LAYERS = 8
 SPATIAL_RATIO = 4
@@ -31,14 +31,15 @@ LATENT_FRAMES = 1 + (PIXEL_FRAMES - 1) // TEMPORAL_RATIO
 LATENT_SIZE = FRAME_SIZE // SPATIAL_RATIO
 WEIGHTS = Path(__file__).parent / "weights"
 
-_NUM_HEADS, _HEAD_DIM, _TEXT_DIM = 4, 32, 96
+_NUM_HEADS, _HEAD_DIM, _TEXT_DIM = 4, 48, 96
+_TIME_DIM = 64  # small: every layer has a matrix of 12 x 192 of these
 _SPECIAL = ("<pad>", "</s>", "<unk>")
 PAD_ID = _SPECIAL.index("<pad>")
 
 
 def build_vae() -> AutoencoderKLCogVideoX:
-    """Return an untrained video autoencoder: 5 x 48 x 48 pixels to 3 x 12 x 12 latents."""
-    channels = (24, 48, 48)
+    """Return an untrained video autoencoder: 9 x 64 x 64 pixels to 5 x 16 x 16 latents."""
+    channels = (40, 64, 64)
     return AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * len(channels),
         up_block_types=("CogVideoXUpBlock3D",) * len(channels),
@@ -54,13 +55,13 @@ def build_vae() -> AutoencoderKLCogVideoX:
 
 
 def build_transformer() -> CogVideoXTransformer3DModel:
-    """Return an untrained transformer: 432 video and 20 text tokens, 8 layers, 4 heads of 32."""
+    """Return an untrained transformer: 1,280 video and 20 text tokens, 8 layers, 4 heads of 48."""
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=_NUM_HEADS,
         attention_head_dim=_HEAD_DIM,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        time_embed_dim=_NUM_HEADS * _HEAD_DIM,
+        time_embed_dim=_TIME_DIM,
         text_embed_dim=_TEXT_DIM,
         num_layers=NUM_LAYERS,
         sample_width=LATENT_SIZE,

@@ -154,7 +154,7 @@ def _meadow(scene: _Scene) -> None:
 
 
 def _city(scene: _Scene) -> None:
-    scene.sky((0.05, 0.06, 0.20), (0.20, 0.16, 0.40))
+    scene.sky((0.10, 0.12, 0.38), (0.34, 0.26, 0.58))
     scene.disc(
         scene.pick(0.1, 0.9), scene.pick(0.08, 0.2), scene.pick(0.05, 0.08), (0.98, 0.97, 0.85)
     )
@@ -162,7 +162,7 @@ def _city(scene: _Scene) -> None:
     while left < 1.0:
         right, top = left + scene.pick(0.15, 0.24), scene.pick(0.22, 0.52)
         shade = scene.pick(0.8, 1.3)
-        scene.box(left, top, right - 0.015, 0.80, (0.13 * shade, 0.14 * shade, 0.24 * shade))
+        scene.box(left, top, right - 0.015, 0.80, (0.22 * shade, 0.24 * shade, 0.42 * shade))
         for y in np.arange(top + 0.06, 0.72, 0.11):
             for x in np.arange(left + 0.045, right - 0.05, 0.075):
                 if scene.pick(0, 1) < 0.55:

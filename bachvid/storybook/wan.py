@@ -15,16 +15,16 @@ from transformers import UMT5Config, UMT5EncoderModel
 from bachvid.storybook import model as storybook
 
 WEIGHTS = Path(__file__).parent / "wan_weights"
-FLOW_SHIFT = 1.0  # frames of 48 pixels need no more; Wan2.1 has 3 at 480p
+FLOW_SHIFT = 1.0  # frames of 64 pixels need no more; Wan2.1 has 3 at 480p
 
-_NUM_HEADS, _HEAD_DIM, _TEXT_DIM = 4, 32, 96
+_NUM_HEADS, _HEAD_DIM, _TEXT_DIM = 4, 48, 96
 
 
 def build_vae(latents_std: float = 1.0) -> AutoencoderKLWan:
-    """Return an untrained video autoencoder: 5 x 48 x 48 pixels to 3 x 12 x 12 latents."""
+    """Return an untrained video autoencoder: 9 x 64 x 64 pixels to 5 x 16 x 16 latents."""
     channels = storybook.LATENT_CHANNELS
     return AutoencoderKLWan(
-        base_dim=24,
+        base_dim=32,
         z_dim=channels,
         dim_mult=[1, 2, 2],
         num_res_blocks=1,
@@ -38,7 +38,7 @@ def build_vae(latents_std: float = 1.0) -> AutoencoderKLWan:
 
 
 def build_transformer() -> WanTransformer3DModel:
-    """Return an untrained transformer: 432 video tokens, 8 layers, 4 heads of 32."""
+    """Return an untrained transformer: 1,280 video tokens, 8 layers, 4 heads of 48."""
     width = _NUM_HEADS * _HEAD_DIM
     transformer = WanTransformer3DModel(
         patch_size=(1, 1, 1),

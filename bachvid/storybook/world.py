@@ -67,8 +67,8 @@ def render_clip(
     character: int,
     action: int,
     *,
-    size: int = 48,
-    num_frames: int = 5,
+    size: int = 64,
+    num_frames: int = 9,
     difficulty: Difficulty = "varied",
 ) -> Clip:
     """Draw the clip of `seed` for these indices of BACKGROUNDS, CHARACTERS and ACTIONS.
@@ -78,40 +78,47 @@ def render_clip(
     rng = np.random.default_rng((seed, background, character, action))
     attributes = draw_attributes(rng)
     frames = np.repeat(paint_background(background, rng, size)[None], num_frames, axis=0)
-    scale, shift = 0.70, 0.0
+    scale, shift = 0.68, 0.0
     if difficulty == "varied":
-        scale, shift = float(rng.uniform(0.60, 0.72)), float(rng.uniform(-0.16, 0.16))
+        scale, shift = float(rng.uniform(0.58, 0.69)), float(rng.uniform(-0.16, 0.16))
     pose = pose_figure(action, num_frames)
     centre = (np.arange(size, dtype=np.float32) + 0.5) / size
     middle = 0.5 + shift + 0.19 * pose.travel
-    feet = _GROUND - 0.22 * pose.lift
-    point = np.stack(
-        np.broadcast_arrays(
-            (centre[None, None, :] - middle[:, None, None]) / scale,
-            (feet[:, None, None] - centre[None, :, None]) / scale,
-        ),
-        axis=-1,
-    ).astype(np.float32)  # [F, H, W, 2], each pixel centre in figure heights
+    feet = _GROUND - 0.20 * pose.lift
+    # Each pixel centre in figure heights, [F, W] and [F, H].
+    x = ((centre[None, :] - middle[:, None]) / scale).astype(np.float32)
+    y = ((np.broadcast_to(feet, middle.shape)[:, None] - centre[None, :]) / scale).astype(
+        np.float32
+    )
     mask = np.zeros(frames.shape[:3], bool)
     rest = np.full((*frames.shape[:3], 2), np.nan, np.float32)
     for part in build_figure(character, attributes, pose):
-        _draw(part, point, 1.0 / (size * scale), frames, mask, rest)
+        _draw(part, x, y, 1.0 / (size * scale), frames, mask, rest)
     return Clip((frames * 255 + 0.5).astype(np.uint8), mask, rest, attributes)
 
 
 def _draw(
     part: Part,
-    point: Array,
+    x: Array,
+    y: Array,
     pixel: float,
     frames: Array,
     mask: NDArray[np.bool_],
     rest: Array,
 ) -> None:
     """Draw a part in place: its colour, its mask and the rest pose of its pixels."""
+    reach = max(part.radius) + pixel
+    ends = np.stack([part.start, part.end])  # [2, F, 2]
+    low, high = ends.min(0)[:, None] - reach, ends.max(0)[:, None] + reach  # [F, 1, 2]
+    columns = _where((x > low[..., 0]) & (x < high[..., 0]))
+    rows = _where((y > low[..., 1]) & (y < high[..., 1]))
+    window = (slice(None), rows, columns)
+    frames, mask, rest = frames[window], mask[window], rest[window]  # views: what is drawn on
     axis = part.end - part.start  # [F, 2]
     length = np.maximum(np.hypot(axis[:, 0], axis[:, 1]), 1e-4)[:, None, None]
     along_x, along_y = (axis[:, i, None, None] / length for i in (0, 1))
-    dx, dy = (point[..., i] - part.start[:, i, None, None] for i in (0, 1))
+    dx = (x[:, columns] - part.start[:, :1])[:, None, :]
+    dy = (y[:, rows] - part.start[:, 1:])[:, :, None]
     along = dx * along_x + dy * along_y  # from the start, in figure heights
     across = dx * along_y - dy * along_x
     inside = np.clip(along, 0, length)
@@ -130,6 +137,12 @@ def _draw(
     normal = np.asarray([unit[1], -unit[0]])
     place = start + (along / length * rest_length)[..., None] * unit + across[..., None] * normal
     rest[covered] = place[covered]
+
+
+def _where(hit: NDArray[np.bool_]) -> slice:
+    """Return the part of the second axis that is hit in any row."""
+    found = np.flatnonzero(hit.any(0))
+    return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
 
 
 def _garment(part: Part, along: Array, across: Array) -> Array:

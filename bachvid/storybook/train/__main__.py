@@ -14,7 +14,7 @@ follow `latents`.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -87,7 +87,9 @@ def _latents(work: Path, difficulty: Difficulty) -> Latents:
 def load_vae(work: Path) -> AutoencoderKLCogVideoX:
     """Return the trained autoencoder, its average weights."""
     vae = storybook.build_vae()
-    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["average"])
+    vae.load_state_dict(
+        torch.load(work / "vae.pt", weights_only=True, map_location="cpu")["average"]
+    )
     return vae.eval()
 
 
@@ -165,8 +167,11 @@ def transformer(
     """Train the transformer and its text encoder."""
     names: tuple[Difficulty, ...] = ("easy", "varied")
     worlds = {name: _latents(settings.work, name) for name in names}
-    scale = float(1 / worlds["varied"].latent.std())
-    scaled = {name: replace(world, latent=world.latent * scale) for name, world in worlds.items()}
+    scale = float(1 / worlds["varied"].latent.float().std())
+    scaled = {
+        name: replace(world, latent=world.latent * scale).to(settings.device)
+        for name, world in worlds.items()
+    }
     torch.manual_seed(settings.seed)
     train_transformer(
         _stage("transformer", family),
@@ -188,7 +193,7 @@ def judge(settings: Settings, steps: int) -> None:
     clips = _clips(settings.work, "varied")
     path = settings.work / "decoded.pt"
     if not path.exists():
-        few = Clips(clips.frames[:_DECODED], clips.mask[:_DECODED], clips.labels[:_DECODED])
+        few = Clips(*(getattr(clips, field.name)[:_DECODED] for field in fields(clips)))
         frames = reconstruct(load_vae(settings.work).to(settings.device), few.frames)
         torch.save(asdict(replace(few, frames=frames)), path)
     decoded = Clips(**torch.load(path, weights_only=True))
@@ -208,14 +213,16 @@ def judge(settings: Settings, steps: int) -> None:
 @click.pass_obj
 def export(settings: Settings, out: Path | None, family: Family) -> None:
     """Write the averaged weights as a diffusers folder."""
-    deviation = float(_latents(settings.work, "varied").latent.std())
+    deviation = float(_latents(settings.work, "varied").latent.float().std())
     path = settings.work / f"{_stage('transformer', family)}.pt"
-    state = torch.load(path, weights_only=True)["average"]
+    state = torch.load(path, weights_only=True, map_location="cpu")["average"]
     if family == "wan":
         wan_text_to_video = WanTextToVideo()
         wan_text_to_video.load_state_dict(state)
         wan_autoencoder = wan.build_vae(deviation)
-        found = torch.load(settings.work / "vae-wan.pt", weights_only=True)["average"]
+        found = torch.load(settings.work / "vae-wan.pt", weights_only=True, map_location="cpu")[
+            "average"
+        ]
         wan_autoencoder.load_state_dict(found)
         wan.save_storybook(
             out or wan.WEIGHTS,

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from bachvid.storybook import model as storybook
 from bachvid.storybook.world import ACTIONS, BACKGROUNDS, CHARACTERS, Difficulty, render_clip
 
 _CHECKPOINT_SECONDS = 120.0
+_HEAD_FROM = 0.60  # height of the chin in the rest pose, in figure heights
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,19 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Clips:
-    """Rendered clips: frames uint8 [N, F, H, W, 3], mask bool [N, F, H, W], labels int64 [N, 3]."""
+    """Rendered clips: frames uint8 [N, F, H, W, 3], labels int64 [N, 3].
+
+    mask and head, bool [N, F, H, W], are the character's pixels, and those of head and hat.
+    """
 
     frames: Tensor
     mask: Tensor
+    head: Tensor
     labels: Tensor
+
+    def to(self, device: str) -> Clips:
+        """Return the same clips on `device`."""
+        return Clips(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def clip_indices(seed: int) -> tuple[int, int, int]:
@@ -45,7 +54,7 @@ def clip_indices(seed: int) -> tuple[int, int, int]:
     return (*divmod(rest, len(CHARACTERS)), action)
 
 
-def _render_range(first: int, last: int, difficulty: Difficulty) -> tuple[np.ndarray, np.ndarray]:
+def _render_range(first: int, last: int, difficulty: Difficulty) -> list[np.ndarray]:
     clips = [
         render_clip(
             seed,
@@ -56,7 +65,8 @@ def _render_range(first: int, last: int, difficulty: Difficulty) -> tuple[np.nda
         )
         for seed in range(first, last)
     ]
-    return np.stack([clip.frames for clip in clips]), np.stack([clip.mask for clip in clips])
+    heads = [clip.mask & (np.nan_to_num(clip.rest[..., 1]) > _HEAD_FROM) for clip in clips]
+    return [np.stack(x) for x in ([c.frames for c in clips], [c.mask for c in clips], heads)]
 
 
 def render_clips(first: int, count: int, difficulty: Difficulty, workers: int = 2) -> Clips:
@@ -66,9 +76,11 @@ def render_clips(first: int, count: int, difficulty: Difficulty, workers: int = 
         parts = list(
             pool.map(_render_range, edges[:-1], edges[1:], [difficulty] * (len(edges) - 1))
         )
+    frames, mask, head = (torch.from_numpy(np.concatenate(x)) for x in zip(*parts, strict=True))
     return Clips(
-        torch.from_numpy(np.concatenate([frames for frames, _ in parts])),
-        torch.from_numpy(np.concatenate([mask for _, mask in parts])),
+        frames,
+        mask,
+        head,
         torch.tensor([clip_indices(seed) for seed in range(first, first + count)]),
     )
 
@@ -115,10 +127,11 @@ class Trainer:
     ) -> bool:
         """Train up to `steps`, minimising "loss"; False if the minutes ended first."""
         started = saved = logged = time.monotonic()
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
         counted = 0
         while self.step < steps:
-            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step)
+            generator = torch.Generator(self.settings.device)
+            generator.manual_seed(self.settings.seed * 1_000_003 + self.step)
             losses = loss_at(self.step, generator)
             torch.autograd.backward(losses["loss"])
             nn.utils.clip_grad_norm_(self.module.parameters(), 2.0)
@@ -130,11 +143,11 @@ class Trainer:
             self.step += 1
             self._average(min(average_decay, self.step / (self.step + 10)))
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
+                sums[name] = sums.get(name, 0.0) + value.detach()
             counted += 1
             now = time.monotonic()
             if self.step % 50 == 0:
-                means = {name: round(value / counted, 5) for name, value in sums.items()}
+                means = {name: round(float(value) / counted, 5) for name, value in sums.items()}
                 self.log(step=self.step, seconds_per_step=(now - logged) / counted, **means)
                 sums, counted, logged = {}, 0, now
             if inspect is not None and self.step % inspect_every == 0:
@@ -165,11 +178,10 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self, decay: float) -> None:
-        for name, value in self.module.state_dict().items():
-            if value.is_floating_point():
-                self.average[name].lerp_(value, 1 - decay)
-            else:
-                self.average[name].copy_(value)
+        state = self.module.state_dict()
+        names = [name for name, value in state.items() if value.is_floating_point()]
+        means, values = ([of[name] for name in names] for of in (self.average, state))
+        torch._foreach_lerp_(means, values, 1 - decay)  # all in a few calls to the device
 
 
 def warm_then_decay(step: int, *, warm: int, steps: int, decay_steps: int) -> float:

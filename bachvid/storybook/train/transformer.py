@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -18,18 +19,29 @@ from bachvid.storybook import model as storybook
 from bachvid.storybook.train.common import Clips, Settings, Trainer, to_video, warm_then_decay
 from bachvid.storybook.world import ACTIONS, BACKGROUNDS, CHARACTERS
 
-_BATCH = 16
+_BATCH = 64
+_RATE = 1.25  # of the learning rates, which are those of a batch of 16
 MASK_LAYERS = (2, 3, 4, 5)  # whose attention to the prompt is trained to find the character
 TOKEN_IS_CHARACTER = 0.3  # share of a token's pixels
 
 
 @dataclass(frozen=True, slots=True)
 class Latents:
-    """Encoded clips: latent [N, F, C, h, w], token_mask [N, F, h, w] in 0..1, labels [N, 3]."""
+    """Encoded clips: latent float16 [N, F, C, h, w], labels [N, 3].
+
+    token_mask and token_head [N, F, h, w], in 0..1, are the shares of a token's pixels that are
+    character, and head and hat.
+    """
 
     latent: Tensor
     token_mask: Tensor
+    token_head: Tensor
     labels: Tensor
+
+    def to(self, device: str) -> Latents:
+        """Return the same latents on `device`; the labels stay where prompts are put together."""
+        moved = (x.to(device) for x in (self.latent, self.token_mask, self.token_head))
+        return Latents(*moved, self.labels)
 
 
 def pool_to_tokens(mask: Tensor) -> Tensor:
@@ -49,9 +61,12 @@ def encode_clips(vae: AutoencoderKLCogVideoX, clips: Clips, device: str) -> Late
     for frames in torch.split(clips.frames, 64):
         with torch.autocast(device, torch.bfloat16):
             latent = vae.encode(to_video(frames).to(device)).latent_dist.mean
-        latents.append(latent.float().permute(0, 2, 1, 3, 4).cpu())
-    masks = torch.cat([pool_to_tokens(mask) for mask in torch.split(clips.mask, 256)])
-    return Latents(torch.cat(latents), masks, clips.labels)
+        latents.append(latent.permute(0, 2, 1, 3, 4).half().cpu())
+    masks, heads = (
+        torch.cat([pool_to_tokens(mask) for mask in torch.split(pixels, 256)])
+        for pixels in (clips.mask, clips.head)
+    )
+    return Latents(torch.cat(latents), masks, heads, clips.labels)
 
 
 class KeepsTextLogits(Protocol):
@@ -175,9 +190,12 @@ def mask_loss(processors: Sequence[KeepsTextLogits], spans: Tensor, token_mask: 
     return torch.stack(losses).mean()
 
 
+_scheduler = cache(storybook.build_scheduler)
+
+
 def cogvideox_noised(clean: Tensor, timestep: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Noise latents as the first model's scheduler does; return them and their velocity."""
-    scheduler = storybook.build_scheduler()
+    scheduler = _scheduler()
     noisy: Tensor = scheduler.add_noise(clean, noise, timestep)
     velocity: Tensor = scheduler.get_velocity(clean, noise, timestep)
     return noisy, velocity
@@ -242,7 +260,7 @@ def build_optimizers(model: Trainee) -> list[torch.optim.Optimizer]:
     taken = {id(p) for p in (*matrices, *text)}
     others = [p for p in model.transformer.parameters() if id(p) not in taken]
     return [
-        torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.01),
         torch.optim.AdamW(
             [{"params": text, "lr": 3e-3}, {"params": others, "lr": 1.5e-3}],
             betas=(0.9, 0.98),
@@ -261,7 +279,7 @@ def swapped_losses(
     """
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(len(data.latent), (48,), generator=generator)
-    clean = data.latent[rows]
+    clean = data.latent[rows.to(data.latent.device)].float().cpu()
     noise = torch.randn(clean.shape, generator=generator)
     timestep = torch.full((len(rows),), 900)
     noisy, target = (x.to(device) for x in noised(clean, timestep, noise))
@@ -298,26 +316,29 @@ def train_transformer(
         block.compile()
 
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        data = latents(step)
-        rows = torch.randint(len(data.latent), (_BATCH,), generator=generator)
-        stratum = (torch.arange(_BATCH) + torch.rand(_BATCH, generator=generator)) / _BATCH
+        # Nothing here waits for a GPU: it is given the next steps while it does this one.
+        data, device = latents(step), settings.device
+        on_host = torch.Generator().manual_seed(generator.initial_seed())
+        picked = torch.randint(len(data.latent), (_BATCH,), generator=on_host)
+        stratum = (torch.arange(_BATCH) + torch.rand(_BATCH, generator=on_host)) / _BATCH
         timestep = (2 * stratum / (1 + stratum) * 1000).long().clamp(0, 999)  # towards noise
-        clean, share = data.latent[rows], data.token_mask[rows]
-        noise = torch.randn(clean.shape, generator=generator)
-        noisy, target = (x.to(settings.device) for x in noised(clean, timestep, noise))
-        kept = _drop_parts(data.labels[rows], generator)
-        ids, spans = (x.to(settings.device) for x in prompts.batch(kept))
-        with torch.autocast(settings.device, torch.bfloat16):
-            predicted = model(noisy, timestep.to(settings.device), ids).float()
-        near = F.max_pool2d((share > 0.2).float(), 3, 1, 1)
-        weight = (1 + 5 * near)[:, :, None].to(settings.device)
+        rows, timestep = picked.to(device), timestep.to(device)
+        clean, share, head = data.latent[rows].float(), data.token_mask[rows], data.token_head[rows]
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        noisy, target = noised(clean, timestep, noise)
+        kept = _drop_parts(data.labels[picked], on_host)
+        ids, spans = (x.to(device) for x in prompts.batch(kept))
+        with torch.autocast(device, torch.bfloat16):
+            predicted = model(noisy, timestep, ids).float()
+        near, near_head = (F.max_pool2d((x > 0.2).float(), 3, 1, 1) for x in (share, head))
+        weight = (1 + 5 * near + 5 * near_head)[:, :, None]
         denoising = (weight * (predicted - target).square()).mean() / weight.mean()
-        whole = torch.tensor([b >= 0 and c >= 0 for b, c, _ in kept], device=settings.device)
-        token_mask = share.flatten(1).to(settings.device)
+        whole = torch.tensor([i for i, (b, c, _) in enumerate(kept) if b >= 0 and c >= 0])
+        whole = whole.to(device)
         for processor in model.processors:
             if processor.text_logits is not None:
                 processor.text_logits = processor.text_logits[whole]
-        mask = mask_loss(model.processors, spans[whole], token_mask[whole])
+        mask = mask_loss(model.processors, spans[whole], share[whole].flatten(1))
         return {"loss": denoising + 0.1 * mask, "denoising": denoising, "mask": mask}
 
     def inspect(step: int) -> None:
@@ -325,7 +346,7 @@ def train_transformer(
         trainer.log(step=step, swapped="rise of the loss at t 900", **rise)
 
     def rate_at(step: int) -> float:
-        return warm_then_decay(step, warm=60, steps=steps, decay_steps=decay_steps)
+        return _RATE * warm_then_decay(step, warm=60, steps=steps, decay_steps=decay_steps)
 
     return trainer.run(
         loss_at,

@@ -11,6 +11,7 @@ from bachvid.storybook import model as storybook
 from bachvid.storybook import wan
 from bachvid.storybook.train.common import Clips, Settings, Trainer, to_video, warm_then_decay
 from bachvid.storybook.train.transformer import MASK_LAYERS, Trainee
+from bachvid.storybook.train.vae import WHOLE, reconstruction_losses
 
 _LATENT_NOISE = 0.1  # of their deviation: what sampled latents are off, at least
 
@@ -88,27 +89,22 @@ def train_vae(clips: Clips, latents: Tensor, settings: Settings, steps: int) -> 
     vae = wan.build_vae().to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, (0.9, 0.98), weight_decay=1e-3)
     trainer = Trainer(settings, "vae-wan", vae, [optimizer])
-    noise_scale = _LATENT_NOISE * float(latents[:1000].std())
+    noise_scale = _LATENT_NOISE * float(latents[:1000].float().std())
+    clips, latents = clips.to(device), latents.to(device)
 
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(clips.frames), (8,), generator=generator)
-        video = to_video(clips.frames[rows]).to(device)
-        figure = clips.mask[rows][:, None].float().to(device)
-        latent = latents[rows].transpose(1, 2).contiguous().to(device)
-        noise = noise_scale * torch.randn(latent.shape, generator=generator).to(device)
+        rows = torch.randint(len(clips.frames), (WHOLE,), generator=generator, device=device)
+        video = to_video(clips.frames[rows])
+        figure, head = (x[rows][:, None].float() for x in (clips.mask, clips.head))
+        latent = latents[rows].float().transpose(1, 2).contiguous()
+        noise = noise_scale * torch.randn(latent.shape, generator=generator, device=device)
         with torch.autocast(device, torch.bfloat16):
             encoded = vae.encode(video).latent_dist.mean.float()
             decoded = vae.decode(latent + noise).sample.float()
-        weight = 1 + 2 * figure
-        error = decoded - video
-        pixel = (weight * (error.abs() + 2 * error.square())).mean()
-        edges = sum(
-            (weight.narrow(d, 1, error.shape[d] - 1) * error.diff(dim=d).abs()).mean()
-            for d in (2, 3, 4)
-        )
+        losses = reconstruction_losses(decoded, video, figure, head)
         match = (encoded - latent).square().mean()
-        psnr = -10 * torch.log10((error.clamp(-2, 2) / 2).square().mean())
-        return {"loss": pixel + 0.5 * edges + match, "psnr": psnr, "match": match}
+        losses["loss"] = losses["loss"] + match
+        return {**losses, "match": match}
 
     def rate_at(step: int) -> float:
         return warm_then_decay(step, warm=100, steps=steps, decay_steps=int(0.6 * steps))
