@@ -333,8 +333,8 @@ def train_transformer(
         near, near_head = (F.max_pool2d((x > 0.2).float(), 3, 1, 1) for x in (share, head))
         weight = (1 + 5 * near + 5 * near_head)[:, :, None]
         denoising = (weight * (predicted - target).square()).mean() / weight.mean()
-        whole = torch.tensor([i for i, (b, c, _) in enumerate(kept) if b >= 0 and c >= 0])
-        whole = whole.to(device)
+        has_both = [i for i, (b, c, _) in enumerate(kept) if b >= 0 and c >= 0]
+        whole = torch.tensor(has_both, dtype=torch.int64).to(device)
         for processor in model.processors:
             if processor.text_logits is not None:
                 processor.text_logits = processor.text_logits[whole]
