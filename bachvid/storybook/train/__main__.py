@@ -39,7 +39,7 @@ from bachvid.storybook.train.transformer import (
     encode_clips,
     train_transformer,
 )
-from bachvid.storybook.train.vae import reconstruct, train_vae
+from bachvid.storybook.train.vae import reconstruct, train_decoder, train_vae
 from bachvid.storybook.train.wan import WanTextToVideo, flow
 from bachvid.storybook.world import Difficulty
 
@@ -117,6 +117,15 @@ def vae(settings: Settings, steps: int, family: Family) -> None:
         train_vae(clips, settings, steps)
     else:
         train_wan.train_vae(clips, _latents(settings.work, "varied").latent, settings, steps)
+
+
+@main.command()
+@click.option("--steps", default=20_000, show_default=True)
+@click.pass_obj
+def decoder(settings: Settings, steps: int) -> None:
+    """Train the decoder of the first model on, for latents that stay as they are."""
+    clips, latents = (of(settings.work, "varied") for of in (_clips, _latents))
+    train_decoder(load_vae(settings.work), clips, latents.latent, settings, steps)
 
 
 @main.command()

@@ -11,6 +11,8 @@ from bachvid.storybook import model as storybook
 from bachvid.storybook.train.common import Clips, Settings, Trainer, to_video, warm_then_decay
 
 _CROPS, WHOLE = 64, 16  # clips of a step: quarters of frames, whole frames
+_SHOWN = 4  # clips of a step of the decoder alone
+LATENT_NOISE = 0.1  # of their deviation: what sampled latents are off, at least
 
 
 def reconstruction_losses(
@@ -109,3 +111,30 @@ def reconstruct(vae: AutoencoderKLCogVideoX, frames: Tensor) -> Tensor:
         pixels = ((decoded.float() + 1) * 127.5).round().clamp(0, 255)
         back.append(pixels.permute(0, 2, 3, 4, 1).to(torch.uint8).cpu())
     return torch.cat(back)
+
+
+def train_decoder(
+    vae: AutoencoderKLCogVideoX, clips: Clips, latents: Tensor, settings: Settings, steps: int
+) -> bool:
+    """Train the decoder on, to show the latents [N, F, C, h, w] of clips: these do not change."""
+    torch.manual_seed(settings.seed)
+    device = settings.device
+    decoder = vae.to(device).train().decoder
+    optimizer = torch.optim.AdamW(decoder.parameters(), 1e-3, (0.9, 0.98), weight_decay=1e-3)
+    trainer = Trainer(settings, "decoder", decoder, [optimizer])
+    clips, latents = clips.to(device), latents.to(device)
+    noise_scale = LATENT_NOISE * float(latents[:1000].float().std())
+
+    def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(clips.frames), (_SHOWN,), generator=generator, device=device)
+        latent = latents[rows].float().transpose(1, 2).contiguous()
+        noise = noise_scale * torch.randn(latent.shape, generator=generator, device=device)
+        with torch.autocast(device, torch.bfloat16):
+            decoded = vae.decode(latent + noise).sample.float()
+        figure, head = (x[rows][:, None].float() for x in (clips.mask, clips.head))
+        return reconstruction_losses(decoded, to_video(clips.frames[rows]), figure, head)
+
+    def rate_at(step: int) -> float:
+        return warm_then_decay(step, warm=100, steps=steps, decay_steps=int(0.6 * steps))
+
+    return trainer.run(loss_at, steps=steps, rate_at=rate_at, average_decay=0.998)

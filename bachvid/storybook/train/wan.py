@@ -11,9 +11,7 @@ from bachvid.storybook import model as storybook
 from bachvid.storybook import wan
 from bachvid.storybook.train.common import Clips, Settings, Trainer, to_video, warm_then_decay
 from bachvid.storybook.train.transformer import MASK_LAYERS, Trainee
-from bachvid.storybook.train.vae import WHOLE, reconstruction_losses
-
-_LATENT_NOISE = 0.1  # of their deviation: what sampled latents are off, at least
+from bachvid.storybook.train.vae import LATENT_NOISE, WHOLE, reconstruction_losses
 
 
 class CrossAttention:
@@ -89,7 +87,7 @@ def train_vae(clips: Clips, latents: Tensor, settings: Settings, steps: int) -> 
     vae = wan.build_vae().to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, (0.9, 0.98), weight_decay=1e-3)
     trainer = Trainer(settings, "vae-wan", vae, [optimizer])
-    noise_scale = _LATENT_NOISE * float(latents[:1000].float().std())
+    noise_scale = LATENT_NOISE * float(latents[:1000].float().std())
     clips, latents = clips.to(device), latents.to(device)
 
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
