@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
-from torch import Tensor
+from torch import Tensor, nn
 
 from bachvid.storybook import model as storybook
 from bachvid.storybook.train.common import Clips, Settings, Trainer, to_video, warm_then_decay
@@ -38,6 +38,21 @@ def reconstruction_losses(
     }
 
 
+def keep_float32(module: nn.Module) -> None:
+    """Run a module in float32 under autocast too.
+
+    The last convolution of a decoder, to 3 channels: on CPUs its gradient is not finite in
+    bfloat16 (torch 2.13).
+    """
+    forward = module.forward
+
+    def in_float32(inputs: Tensor, *args: object) -> object:
+        with torch.autocast(inputs.device.type, enabled=False):
+            return forward(inputs.float(), *args)
+
+    module.forward = in_float32
+
+
 def train_vae(clips: Clips, settings: Settings, steps: int) -> bool:
     """Train the autoencoder: random crops for 60 % of the steps, then whole frames.
 
@@ -47,6 +62,7 @@ def train_vae(clips: Clips, settings: Settings, steps: int) -> bool:
     torch.manual_seed(settings.seed)
     device = settings.device
     vae = storybook.build_vae().to(device)
+    keep_float32(vae.decoder.conv_out)
     optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, (0.9, 0.98), weight_decay=1e-3)
     trainer = Trainer(settings, "vae", vae, [optimizer])
     crop_steps = int(0.6 * steps)
@@ -120,6 +136,7 @@ def train_decoder(
     torch.manual_seed(settings.seed)
     device = settings.device
     decoder = vae.to(device).train().decoder
+    keep_float32(decoder.conv_out)
     optimizer = torch.optim.AdamW(decoder.parameters(), 1e-3, (0.9, 0.98), weight_decay=1e-3)
     trainer = Trainer(settings, "decoder", decoder, [optimizer])
     clips, latents = clips.to(device), latents.to(device)

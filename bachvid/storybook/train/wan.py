@@ -11,7 +11,7 @@ from bachvid.storybook import model as storybook
 from bachvid.storybook import wan
 from bachvid.storybook.train.common import Clips, Settings, Trainer, to_video, warm_then_decay
 from bachvid.storybook.train.transformer import MASK_LAYERS, Trainee
-from bachvid.storybook.train.vae import LATENT_NOISE, WHOLE, reconstruction_losses
+from bachvid.storybook.train.vae import LATENT_NOISE, WHOLE, keep_float32, reconstruction_losses
 
 
 class CrossAttention:
@@ -85,6 +85,7 @@ def train_vae(clips: Clips, latents: Tensor, settings: Settings, steps: int) -> 
     torch.manual_seed(settings.seed)
     device = settings.device
     vae = wan.build_vae().to(device)
+    keep_float32(vae.decoder.conv_out)
     optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, (0.9, 0.98), weight_decay=1e-3)
     trainer = Trainer(settings, "vae-wan", vae, [optimizer])
     noise_scale = LATENT_NOISE * float(latents[:1000].float().std())
