@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from unittest import mock
 
 import click
@@ -60,6 +60,7 @@ from bachvid.kv.pulling import PulledPieces
 from bachvid.layout.gangs import Gang
 from bachvid.layout.records import AttentionSite
 from bachvid.layout.tokens import TokenLayout
+from bachvid.methods.bachvid import PROFILES
 from bachvid.methods.base import Role
 from bachvid.methods.controls import injecting, observing
 from bachvid.methods.ops.masks import ForegroundMask, extract_foreground_mask
@@ -75,7 +76,7 @@ from bachvid.planning.resolve import build_method, resolve_config
 from bachvid.prompts.compose import Prompt, Segment
 from bachvid.prompts.tokenizer import TokenizedPrompt
 
-Place = Literal["memory", "pulled", "resident"]
+Place = Literal["memory", "resident", "pulled"]  # in this order: the last one empties the first
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IS_GPU = DEVICE.type == "cuda"
@@ -107,20 +108,17 @@ def random_model(config: ModelConfig, facts: ModelFacts, group: SequenceGroup) -
     transformer: nn.Module
     try:
         with torch.device(DEVICE):
+            size = {
+                "num_layers": facts.num_layers,
+                "num_attention_heads": facts.num_heads,
+                "attention_head_dim": facts.head_dim,
+            }
             if facts.family == "cogvideox":
                 transformer = CogVideoXTransformer3DModel(
-                    num_layers=facts.num_layers,
-                    num_attention_heads=facts.num_heads,
-                    attention_head_dim=facts.head_dim,
-                    use_rotary_positional_embeddings=facts.has_rope,
+                    use_rotary_positional_embeddings=facts.has_rope, **size
                 )
             else:
-                transformer = WanTransformer3DModel(
-                    num_layers=facts.num_layers,
-                    num_attention_heads=facts.num_heads,
-                    attention_head_dim=facts.head_dim,
-                    ffn_dim=facts.ffn_dim,
-                )
+                transformer = WanTransformer3DModel(ffn_dim=facts.ffn_dim, **size)
     finally:
         torch.set_default_dtype(default)
     kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
@@ -159,6 +157,16 @@ def random_model(config: ModelConfig, facts: ModelFacts, group: SequenceGroup) -
         device=DEVICE,
         group=group,
     )
+
+
+_models: dict[str, VideoModel] = {}
+
+
+def shared_model(config: ModelConfig, facts: ModelFacts, group: SequenceGroup) -> VideoModel:
+    """Return the model that all workers share; the first call makes it."""
+    if facts.name not in _models:
+        _models[facts.name] = random_model(config, facts, group)
+    return _models[facts.name]
 
 
 class BenchWorker(ModelWorker):
@@ -326,14 +334,14 @@ class Bench:
 
     def vanilla(self, steps: int) -> float:
         """Return the seconds of a plain step."""
-        worker = self.worker("method.name=none")
+        worker = self.worker("method.name=none", "method.mask_step=0")  # no plain step has it
         self.report("warm-up", self.render(worker, "frame"))
         found = self.render(worker, "frame")
         self.report("vanilla", found)
         return found.of(0, range(1, steps))
 
-    def profile(self, profile: str, places: Sequence[Place], plain: float, steps: int) -> None:
-        """Measure a profile with the keys and values at each of `places`."""
+    def profile(self, profile: str, plain: float, steps: int) -> None:
+        """Measure a profile with the keys and values at each place."""
         injected = steps if profile == "fast" else max(1, (steps + 1) // 2)
         worker = self.worker(
             "method.name=bachvid",
@@ -364,7 +372,7 @@ class Bench:
             recorded_over_plain=round(identity.of(0, range(1, injected)) / plain, 3),
             gib_a_step=round(kept.nbytes / recorded / _GIB, 3),
         )
-        for place in places:
+        for place in get_args(Place):
             with self._opened(place, worker, identity.manifest, kept) as scene:
                 frame = self.render(worker, "frame", scene=scene)
             main = frame.of(len(method.runs("frame")) - 1, range(1, injected))
@@ -479,20 +487,12 @@ def decode(
 @click.option("--size", type=click.Choice(["real", "tiny"]), default="real", show_default=True)
 @click.option("--steps", default=4, show_default=True)
 @click.option("--foreground", default=0.2, show_default=True, help="Share of the tokens.")
-@click.option("--profiles", default="fast,paper", show_default=True)
-@click.option("--places", default="memory,resident,pulled", show_default=True)
-@click.option("--decode/--no-decode", "decodes", default=True)
-@click.option("--seconds", default=600.0, show_default=True, help="Begin no profile after these.")
 @click.option("--results", type=click.Path(path_type=Path), help="JSON lines are appended.")
 def main(
     name: str,
     size: str,
     steps: int,
     foreground: float,
-    profiles: str,
-    places: str,
-    decodes: bool,
-    seconds: float,
     results: Path | None,
 ) -> None:
     """Measure one model."""
@@ -501,7 +501,6 @@ def main(
         raise click.UsageError("a full-size video needs a CUDA GPU; --size tiny runs anywhere")
     facts = published_models()[name]
     facts = tiny(facts) if size == "tiny" else facts
-    model: list[VideoModel] = []
 
     def write(kind: str, **row: object) -> None:
         at = round(time.monotonic() - began, 1)
@@ -511,12 +510,6 @@ def main(
             with results.open("a") as file:
                 file.write(line + "\n")
 
-    def shared(config: ModelConfig, facts: ModelFacts, group: SequenceGroup) -> VideoModel:
-        if not model:
-            model.append(random_model(config, facts, group))
-        return model[0]
-
-    globals()["shared_model"] = shared
     ADAPTERS[facts.family] = f"{__name__}:shared_model"
     overrides = [
         f"model.id={name}",
@@ -531,14 +524,11 @@ def main(
     write("device", device=device, torch=str(torch.__version__))
     with boxes.installed():
         plain = bench.vanilla(steps)
-        for profile in profiles.split(","):
-            if time.monotonic() - began < seconds:
-                bench.profile(profile, places.split(","), plain, steps)  # type: ignore[arg-type]
-    if decodes and time.monotonic() - began < seconds:
-        config = bench.worker("method.name=none").config
-        model.clear()
-        bench = None  # type: ignore[assignment]
-        decode(facts, config, write, size == "tiny")
+        for profile in PROFILES:
+            bench.profile(profile, plain, steps)
+    config = bench.worker("method.name=none").config
+    _models.clear()  # its memory is wanted now
+    decode(facts, config, write, size == "tiny")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Measures a run directory: each metric on each video or pair of videos that it applies to.
 
-Only videos of the same scene are compared. Frame videos are measured, against the identity video
-and in pairs, of which the identity video is one.
+Only videos of the same scene are compared: each frame video with the identity video, and for the
+background every two videos with each other.
 """
 
 from __future__ import annotations

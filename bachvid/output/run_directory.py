@@ -114,7 +114,7 @@ class RunDirectory:
 
     @property
     def contents(self) -> RunContents:
-        """The finished videos so far."""
+        """The run as recorded so far."""
         return RunContents(self.path, self.header, dict(self._records), dict(self._failures))
 
     def file(self, scene: str, *parts: str) -> Path:
